@@ -1,0 +1,1 @@
+"""Decides what is where, and moves bytes: index, eviction, planner, transfers, engine."""

@@ -1,0 +1,1 @@
+"""Tells routers what is where: the event log, Dynamo's wire, NATS."""

@@ -1,0 +1,86 @@
+"""Numbers what happens and keeps the last of it, so that a sink that fell behind can catch up."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from flexkv.events.types import Event
+
+
+class Entry(NamedTuple):
+    """One event and its number; numbers increase by one."""
+
+    event_id: int
+    event: Event
+
+
+class EventSource(Protocol):
+    """What a sink reads from: events since a number, or everything as of a number."""
+
+    @property
+    def last_id(self) -> int:
+        """The number of the latest event; 0 before the first."""
+        ...
+
+    def since(self, event_id: int) -> list[Entry] | None:
+        """The events after ``event_id``, oldest first; None if some of them are gone."""
+        ...
+
+    def dump(self) -> tuple[int, Iterator[BlockStored]]:
+        """The latest number, and what is resident as of it: all tiers, parents first."""
+        ...
+
+
+class EventLog:
+    """A bounded ring of numbered events.
+
+    ``ring`` bounds the blocks that its events name together (an event that names none counts as
+    one); the oldest events fall out. An event that names more than ``max_event_blocks`` blocks is
+    entered as several, so that each fits into a message.
+    """
+
+    def __init__(self, *, ring: int, max_event_blocks: int) -> None:
+        self._entries: deque[Entry] = deque()
+        self._ring = ring
+        self._max_event_blocks = max_event_blocks
+        self._num_blocks = 0
+        self.last_id = 0
+
+    def append(self, events: Iterable[Event]) -> None:
+        """Number ``events`` in their order."""
+        for event in events:
+            for piece in self._pieces(event):
+                self.last_id += 1
+                self._entries.append(Entry(self.last_id, piece))
+                self._num_blocks += _weight(piece)
+        while self._num_blocks > self._ring and len(self._entries) > 1:
+            self._num_blocks -= _weight(self._entries.popleft().event)
+
+    def since(self, event_id: int) -> list[Entry] | None:
+        """The events after ``event_id``, oldest first; None if some of them fell out."""
+        num_missed = self.last_id - event_id
+        if num_missed > len(self._entries):
+            return None
+        entries = self._entries
+        return [entries[i] for i in range(len(entries) - num_missed, len(entries))]
+
+    def _pieces(self, event: Event) -> Iterator[Event]:
+        limit = self._max_event_blocks
+        if isinstance(event, AllBlocksCleared) or len(event.blocks) <= limit:
+            yield event
+        elif isinstance(event, BlockStored):
+            for start in range(0, len(event.blocks), limit):
+                yield BlockStored(event.blocks[start : start + limit], event.tier)
+        else:  # the tail leaves first
+            for stop in range(len(event.blocks), 0, -limit):
+                yield BlockRemoved(event.blocks[max(0, stop - limit) : stop], event.tier)
+
+
+def _weight(event: Event) -> int:
+    return 1 if isinstance(event, AllBlocksCleared) else max(1, len(event.blocks))

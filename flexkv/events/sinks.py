@@ -1,0 +1,62 @@
+"""What carries events away from the engine: the protocol, and the sink that keeps a list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from flexkv.events.log import EventSource
+    from flexkv.events.types import Event
+
+
+class EventSink(Protocol):
+    """Carries events to somebody. The engine starts it, wakes it after every change, closes it.
+
+    The engine's loop calls all of it. ``wake`` is called in the same step as the change, so it
+    must neither block nor await; a sink that can't keep up reads ``EventSource.dump`` instead of
+    queueing without bound.
+    """
+
+    async def start(self, source: EventSource) -> None:
+        """Begin to carry what ``source`` has.
+
+        Raises:
+            FeedError: the sink can't work; the engine does not start.
+        """
+        ...
+
+    def wake(self) -> None:
+        """``source`` has new events."""
+        ...
+
+    async def close(self) -> None:
+        """Deliver what is left within the sink's own deadline, then let go."""
+        ...
+
+
+class ListSink:
+    """Keeps every event in ``events``: for tests and replay, where the list may grow."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._source: EventSource | None = None
+        self._last_id = 0
+
+    async def start(self, source: EventSource) -> None:
+        """Begin with what is resident already."""
+        self._source = source
+        self._last_id, resident = source.dump()
+        self.events.extend(resident)
+
+    def wake(self) -> None:
+        """Take what is new."""
+        if self._source is None:
+            return
+        entries = self._source.since(self._last_id)
+        assert entries is not None, "woken after every change, so nothing can have fallen out"
+        self.events.extend(entry.event for entry in entries)
+        self._last_id = self._source.last_id
+
+    async def close(self) -> None:
+        """Keep the list, take no more."""
+        self._source = None

@@ -1,0 +1,1 @@
+"""Replays real and made-up traffic through engines and a real router."""

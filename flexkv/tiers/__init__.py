@@ -1,0 +1,1 @@
+"""Where bytes are: paged GPU caches and the host pool."""
