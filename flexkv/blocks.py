@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NewType
@@ -11,8 +12,7 @@ import numpy as np
 from flexkv.errors import LayoutError
 
 if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 BlockKey = NewType("BlockKey", bytes)
 """Identifies a block and its whole prefix: the cache key. vLLM: ``BlockHash``."""
@@ -69,7 +69,7 @@ class _Chain:
         self.parent = parent
         self.namespace = namespace
         self.lora = lora
-        self.tokens_hashes: array[int] | None = None
+        self.tokens_hashes: array[int] | None = None  # of the leading blocks, as far as asked for
 
 
 class Blocks:
@@ -162,6 +162,17 @@ class Blocks:
         low = np.ascontiguousarray(rows[:, width - 8 :]).view(">u8")
         hashes: list[RouterHash] = low.ravel().tolist()
         return hashes
+
+    def tokens_hashes(self, compute: Callable[[memoryview], Iterable[int]]) -> array[int]:
+        """One hash a block. The chain keeps them: ``compute`` gets the token ids not hashed yet."""
+        chain = self._chain
+        known = chain.tokens_hashes or array("Q")
+        if len(known) < self._stop:
+            width = 4 * chain.tokens_per_block
+            rest = memoryview(chain.token_ids)[len(known) * width : self._stop * width]
+            # A new array, so that a race of two threads costs work and nothing else.
+            known = chain.tokens_hashes = known + array("Q", compute(rest))
+        return known[self._start : self._stop]
 
     @property
     def parent(self) -> BlockKey | None:

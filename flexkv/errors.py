@@ -22,11 +22,11 @@ class LayoutError(FlexKVError, ValueError):
 class TierFullError(FlexKVError):
     """Too few slots are free or evictable. Nothing changed; retry after a release."""
 
-    def __init__(self, tier: str, *, needed: int, evictable: int) -> None:
-        super().__init__(f"{tier} tier is full: need {needed} slots, can evict {evictable}")
+    def __init__(self, tier: str, *, needed: int, available: int) -> None:
+        super().__init__(f"{tier} tier is full: need {needed} slots, {available} are free or evictable")
         self.tier = tier
         self.needed = needed
-        self.evictable = evictable
+        self.available = available
 
 
 class TransferError(FlexKVError):

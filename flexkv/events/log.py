@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from flexkv.events.types import Event
 
@@ -38,17 +38,25 @@ class EventSource(Protocol):
 
 
 class EventLog:
-    """A bounded ring of numbered events.
+    """A bounded ring of numbered events; with ``walk`` it is an ``EventSource``.
 
     ``ring`` bounds the blocks that its events name together (an event that names none counts as
     one); the oldest events fall out. An event that names more than ``max_event_blocks`` blocks is
-    entered as several, so that each fits into a message.
+    entered as several, so that each fits into a message. ``walk`` yields everything resident,
+    parents first.
     """
 
-    def __init__(self, *, ring: int, max_event_blocks: int) -> None:
+    def __init__(
+        self,
+        *,
+        ring: int,
+        max_event_blocks: int,
+        walk: Callable[[], Iterator[BlockStored]] = lambda: iter(()),
+    ) -> None:
         self._entries: deque[Entry] = deque()
         self._ring = ring
         self._max_event_blocks = max_event_blocks
+        self._walk = walk
         self._num_blocks = 0
         self.last_id = 0
 
@@ -69,6 +77,15 @@ class EventLog:
             return None
         entries = self._entries
         return [entries[i] for i in range(len(entries) - num_missed, len(entries))]
+
+    def dump(self) -> tuple[int, Iterator[BlockStored]]:
+        """The latest number, and what is resident as of it; to be read in one step."""
+        return self.last_id, (
+            BlockStored(piece.blocks, piece.tier)
+            for stored in self._walk()
+            for piece in self._pieces(stored)
+            if isinstance(piece, BlockStored)
+        )
 
     def _pieces(self, event: Event) -> Iterator[Event]:
         limit = self._max_event_blocks

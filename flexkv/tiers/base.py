@@ -18,6 +18,11 @@ class PagedCopier(Protocol):
     cancelled before its copy began copies nothing.
     """
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the paged cache: ids are 0 to ``num_blocks - 1``."""
+        ...
+
     def attach_pool(self, pool: HostPool, rank: int) -> None:
         """Copy to and from ``pool``'s region of ``rank`` from now on."""
         ...

@@ -1,0 +1,73 @@
+# Everything sets itself up: a fresh clone needs Python 3.11 to 3.13, pip and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+BENCH_ARGS  ?=
+PYTEST_ARGS ?=
+TRACE       ?=
+REPLAY_ARGS ?= --workers 2 --requests 2000 --json
+
+# Benchmarks that need a GPU are named gpu_*, what they share _*.
+BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+# The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
+PARTS := index install trace
+PART  ?= index install $(if $(TRACE),trace)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint bench nightly $(PARTS:%=nightly-%) clean
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
+	@echo "nightly parts: $(PARTS)"
+
+demo: $(VENV)/.demo ## Two workers, a real router and a NATS server on this machine, in about a minute
+	$(BIN)/flexkv demo
+
+test: $(VENV)/.dev ## The tests (PYTEST_ARGS="-k eviction" for some of them)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --json")
+	@failed=; for program in $(BENCHMARKS); do \
+		echo "+ $$program $(BENCH_ARGS)" >&2; \
+		$(BIN)/python $$program $(BENCH_ARGS) || failed="$$failed $$program"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "missed a target:$$failed" >&2; exit 1; fi
+
+nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
+	@echo "passed: $(PART)$(if $(filter trace,$(PART)),, (not trace: it needs TRACE=file.jsonl and PART=trace))"
+
+nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model
+	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py $(PYTEST_ARGS)
+
+nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages (4 GB of disk for a while)
+	tests/install/check_install.sh vllm $(PYTHON)
+	tests/install/check_install.sh dynamo $(PYTHON)
+
+nightly-trace: $(VENV)/.demo ## A trace in the Mooncake format, TRACE=file.jsonl, byte by byte
+	@test -n "$(TRACE)" || { echo "nightly-trace replays TRACE=file.jsonl: which one?" >&2; exit 2; }
+	$(BIN)/flexkv replay $(TRACE) $(REPLAY_ARGS)
+
+clean: ## Removes the virtual environment, caches and builds
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find flexkv tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps: what is installed is renewed when pyproject.toml or constraints.txt changes, only then.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,lint]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,368 @@
+"""The engine: what programs talk to. It owns the index, the host pool and the event log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import operator
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Self
+
+from flexkv.blocks import Tier
+from flexkv.engine.index import TierIndex
+from flexkv.engine.planner import plan_load, plan_store
+from flexkv.engine.results import Loaded, Match, Stored
+from flexkv.engine.stats import EngineStats, TierStats
+from flexkv.engine.transfers import Transfers
+from flexkv.errors import EngineClosedError, InputError, LayoutError
+from flexkv.events.log import EventLog
+from flexkv.events.types import AllBlocksCleared, BlockStored
+from flexkv.tiers.gpu import make_copier
+from flexkv.tiers.host import HostPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    import torch
+
+    from flexkv.blocks import BlockKey, Blocks, KVLayout
+    from flexkv.config import Config
+    from flexkv.engine.planner import StorePlan
+    from flexkv.engine.runs import Reservation
+    from flexkv.events.sinks import EventSink
+    from flexkv.events.types import Event
+    from flexkv.tiers.base import PagedCopier
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Keeps blocks of a paged KV cache in tiers below the GPU.
+
+    Use it as an asynchronous context manager, from one event loop. ``sinks`` carry its events;
+    None takes the one that ``config.events`` asks for. Every chain of blocks that is handed in
+    begins with its first block.
+
+    Raises:
+        LayoutError: ``config`` and ``layout`` differ in their tokens per block.
+        ConfigError: not even one block fits into the host tier (on entry: not enough memory).
+        FeedError: on entry, a sink can't work.
+    """
+
+    def __init__(
+        self, config: Config, layout: KVLayout, sinks: Sequence[EventSink] | None = None
+    ) -> None:
+        if config.tokens_per_block != layout.tokens_per_block:
+            raise LayoutError(
+                f"tokens_per_block is {config.tokens_per_block} in the settings but "
+                f"{layout.tokens_per_block} in the layout: they must be equal"
+            )
+        self._config = config
+        self._layout = layout
+        self._block_nbytes = layout.block_nbytes * layout.num_ranks
+        num_slots = config.cache.num_host_slots(self._block_nbytes) if config.enable_flexkv else 0
+        self._host = TierIndex(Tier.HOST, num_slots, evict_ratio=config.cache.evict_ratio)
+        events = config.events
+        self._events = EventLog(
+            ring=events.ring, max_event_blocks=events.max_event_blocks, walk=self._walk
+        )
+        self._sinks = self._configured_sinks() if sinks is None else list(sinks)
+        self._pool: HostPool | None = None
+        self._open = False
+        self._exits = contextlib.AsyncExitStack()
+        self._transfers: Transfers
+        self._copies: dict[Reservation, asyncio.Future[None]] = {}
+        self._num_clears = 0
+        self._key_nbytes = 0
+        self._counts: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        for note in self._config.notes:
+            _log.warning("%s", note)
+        settings, layout = self._config.transfers, self._layout
+        async with contextlib.AsyncExitStack() as exits:
+            if self._config.enable_flexkv:
+                self._pool = pool = HostPool(
+                    self._host.num_slots,
+                    layout.block_nbytes,
+                    layout.num_ranks,
+                    settings.touch_threads,
+                )
+                exits.callback(pool.close)
+                await asyncio.to_thread(pool.touch_all)
+                for sink in self._sinks:
+                    await sink.start(self._events)
+                    exits.push_async_callback(sink.close)
+            tasks = await exits.enter_async_context(asyncio.TaskGroup())
+            self._transfers = Transfers(settings, layout.block_nbytes, tasks)
+            self._exits = exits.pop_all()
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let running copies end, deliver the last events, let go of the memory."""
+        self._open = False
+        timeout_s = self._config.transfers.close_timeout_s
+        if num_running := await self._transfers.settle(timeout_s):
+            # their memory stays as it is, and the task group stays open: nothing else is safe
+            _log.error("%d copies did not end within %s s", num_running, 2 * timeout_s)
+            for sink in self._sinks:
+                await sink.close()
+            return
+        for copier in self._transfers.copiers.values():
+            await copier.close()
+        await self._exits.aclose()  # not told of `error`, which it would wrap
+
+    def attach(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        *,
+        rank: int = 0,
+        block_axis: int | None = None,
+    ) -> None:
+        """Load into and store from these paged caches: one tensor for each layer name.
+
+        ``rank``: which part of every block they hold. ``block_axis``: the axis of the blocks,
+        where a shape leaves it open.
+
+        Raises:
+            LayoutError: the tensors do not hold such blocks as the layout says.
+            InputError: there is no such rank, or it has its caches already.
+            EngineClosedError: the engine is not open.
+        """
+        self._check_open()
+        layout = self._layout
+        copier = make_copier(kv_caches, layout.tokens_per_block, layout.block_nbytes, block_axis)
+        self._attach_copier(copier, rank)
+
+    def lookup(self, blocks: Blocks) -> Match:
+        """How much of ``blocks`` could be loaded now. Changes nothing but the counts."""
+        self._check_open()
+        self._check_chain(blocks)
+        num_blocks = self._host.match(blocks).num_blocks
+        counts = self._counts
+        counts["requests"] += 1
+        counts["requested"] += len(blocks)
+        counts["hit"] += num_blocks
+        interval = self._config.num_log_interval_requests
+        if interval and counts["requests"] % interval == 0:
+            _log.info("%s", self.stats().line())
+        return Match(num_blocks, {Tier.HOST: num_blocks})
+
+    async def load(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int = 0) -> Loaded:
+        """Copy blocks into the paged caches: ``blocks[first + i]`` to ``gpu_block_ids[i]``.
+
+        Loads as far as the resident prefix of ``blocks`` reaches. When it returns, every stream
+        sees the bytes. When it is cancelled, it ends as soon as no copy uses the GPU blocks.
+
+        Raises:
+            InputError: the ids do not go with the blocks. Nothing was copied.
+            EngineClosedError: the engine is not open.
+        """
+        started_s = time.perf_counter()
+        block_ids = self._checked_ids(blocks, gpu_block_ids, first)
+        plan = plan_load(self._host, blocks.part(0, first + len(block_ids)), first)
+        try:
+            num_blocks = await self._transfers.load(plan.slots, block_ids)
+        finally:
+            self._host.release(plan.lease)
+        nbytes = num_blocks * self._block_nbytes
+        self._counts["loaded"] += num_blocks
+        self._counts["nbytes_loaded"] += nbytes
+        self._counts["load_failed"] += len(plan.slots) - num_blocks
+        return Loaded(
+            num_blocks,
+            tuple(block_ids[num_blocks:]),
+            {Tier.HOST: nbytes},
+            time.perf_counter() - started_s,
+        )
+
+    async def store(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int = 0) -> Stored:
+        """Copy blocks from the paged caches: ``blocks[first + i]`` from ``gpu_block_ids[i]``.
+
+        Copies what is absent, as far as it fits. On CUDA the copies follow the work that is on the
+        caller's current stream now. When it is cancelled, it ends as soon as no copy uses the GPU
+        blocks, and none of its blocks is kept.
+
+        Raises:
+            InputError: the ids do not go with the blocks. Nothing was copied.
+            EngineClosedError: the engine is not open.
+        """
+        block_ids = self._checked_ids(blocks, gpu_block_ids, first)
+        marks = {rank: copier.mark() for rank, copier in self._transfers.copiers.items()}
+        blocks = blocks.part(0, first + len(block_ids))
+        num_clears = self._num_clears
+        num_stored = num_there = 0
+        for _ in range(
+            2
+        ):  # a store that this one relied on may fail: then once from our own blocks
+            plan = plan_store(self._host, blocks, first)
+            self._emit(plan.removed)
+            if plan.reservation is None:
+                break
+            await self._copy_in(plan, block_ids, marks)
+            num_stored += plan.reservation.num_stored
+            if await self._all_arrived(plan.reservation):
+                num_there = plan.num_present + plan.reservation.num_stored
+                break
+            num_there = max(0, self._host.match(blocks).num_blocks - first)
+            if self._num_clears != num_clears or not self._open:
+                break
+        num_stored = min(num_stored, num_there)
+        num_dropped = len(block_ids) - num_there
+        self._counts["store_dropped"] += num_dropped
+        return Stored(num_stored, num_there - num_stored, num_dropped)
+
+    async def prefetch(self, blocks: Blocks) -> int:
+        """Bring blocks up into the host tier. Returns how much of the prefix is there.
+
+        There is no tier below host in this version, so nothing moves; the blocks are touched.
+        """
+        self._check_open()
+        self._check_chain(blocks)
+        self._host.touch(blocks)
+        return self._host.match(blocks).num_blocks
+
+    def residency(self, tier: Tier) -> set[BlockKey]:
+        """The keys of all blocks that can be read from ``tier`` now."""
+        return self._host.residency() if tier is Tier.HOST else set()
+
+    async def clear(self) -> None:
+        """Forget every block, those on their way included."""
+        self._check_open()
+        self._num_clears += 1
+        self._host.clear()
+        self._emit([AllBlocksCleared()])
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        host, counts = self._host, self._counts
+        tier = TierStats(
+            num_slots=host.num_slots,
+            num_resident=host.num_resident,
+            num_free=host.num_free,
+            num_stored=host.num_stored,
+            num_evicted=host.num_evicted,
+        )
+        return EngineStats(
+            tiers={Tier.HOST: tier},
+            num_requests=counts["requests"],
+            num_requested=counts["requested"],
+            num_hit=counts["hit"],
+            num_loaded=counts["loaded"],
+            num_load_failed=counts["load_failed"],
+            num_stored=host.num_stored,
+            num_store_dropped=counts["store_dropped"],
+            nbytes_loaded=counts["nbytes_loaded"],
+            nbytes_stored=host.num_stored * self._block_nbytes,
+            lanes=self._transfers.lanes if self._open else {},
+            last_event_id=self._events.last_id,
+        )
+
+    async def _copy_in(
+        self, plan: StorePlan, block_ids: list[int], marks: Mapping[int, object]
+    ) -> None:
+        """Fill the reserved slots; commit the leading ones that are full."""
+        reservation = plan.reservation
+        assert reservation is not None
+        if not len(reservation.slots):
+            return
+        copied = asyncio.get_running_loop().create_future()
+        self._copies[reservation] = copied
+        num_full = 0
+        try:
+            num_full = await self._transfers.store(
+                block_ids[plan.num_present :][: len(reservation.slots)], reservation.slots, marks
+            )
+        finally:
+            self._emit(self._host.commit(reservation, num_full))
+            del self._copies[reservation]
+            copied.set_result(None)
+
+    async def _all_arrived(self, reservation: Reservation) -> bool:
+        """Wait for the copies that this store joined. True if it and they brought everything."""
+        copies = [self._copies[other] for other in reservation.joined if other in self._copies]
+        if copies:
+            await asyncio.wait(copies, timeout=self._config.transfers.deadline_s)
+        everything = (reservation, *reservation.joined)
+        return all(one.num_stored == len(one.slots) for one in everything)
+
+    def _emit(self, events: Sequence[Event]) -> None:
+        """Number and announce, in the step that made the events true."""
+        if events:
+            self._events.append(events)
+            for sink in self._sinks:
+                sink.wake()
+
+    def _walk(self) -> Iterator[BlockStored]:
+        return (BlockStored(blocks, Tier.HOST) for blocks in self._host.walk())
+
+    def _configured_sinks(self) -> list[EventSink]:
+        if self._config.events.effective_sink() == "none":
+            return []
+        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # only who publishes needs it
+
+        return [NatsSink(self._config.events)]
+
+    def _attach_copier(self, copier: PagedCopier, rank: int) -> None:
+        if not 0 <= rank < self._layout.num_ranks:
+            raise InputError(
+                f"rank {rank} is not in the layout, which has {self._layout.num_ranks}"
+            )
+        if rank in self._transfers.copiers:
+            raise InputError(f"rank {rank} has its caches already")
+        if self._pool is not None:
+            copier.attach_pool(self._pool, rank)
+        self._transfers.copiers[rank] = copier
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineClosedError("the engine is not open: use it within `async with engine`")
+
+    def _check_chain(self, blocks: Blocks) -> None:
+        if blocks.tokens_per_block != self._layout.tokens_per_block:
+            raise InputError(
+                f"the blocks have {blocks.tokens_per_block} tokens each, the engine's "
+                f"{self._layout.tokens_per_block}: pass tokens_per_block to blocks_of"
+            )
+        if blocks.parent is not None:
+            raise InputError("the blocks do not begin their chain: pass it from its first block")
+        if blocks.key_nbytes != self._key_nbytes:
+            if self._key_nbytes:
+                raise InputError(
+                    f"keys of {blocks.key_nbytes} bytes do not go with the {self._key_nbytes} of "
+                    "the blocks before: one engine keeps one kind of key"
+                )
+            self._key_nbytes = blocks.key_nbytes
+
+    def _checked_ids(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int) -> list[int]:
+        self._check_open()
+        self._check_chain(blocks)
+        copiers = self._transfers.copiers
+        if len(copiers) < self._layout.num_ranks:
+            raise InputError(
+                f"{len(copiers)} of {self._layout.num_ranks} ranks have their caches: "
+                "call engine.attach first"
+            )
+        block_ids = [operator.index(block_id) for block_id in gpu_block_ids]
+        if not 0 <= first <= len(blocks):
+            raise InputError(f"first is {first}, but there are {len(blocks)} blocks")
+        if len(block_ids) > len(blocks) - first:
+            raise InputError(
+                f"{len(block_ids)} GPU block ids for {len(blocks) - first} blocks (first={first})"
+            )
+        num_gpu_blocks = min(copier.num_blocks for copier in copiers.values())
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < num_gpu_blocks:
+            wrong = next(i for i in block_ids if not 0 <= i < num_gpu_blocks)
+            raise InputError(f"GPU block id {wrong} is not in the cache of {num_gpu_blocks} blocks")
+        if len(set(block_ids)) != len(block_ids):
+            raise InputError("a GPU block id occurs twice: each block needs its own")
+        return block_ids

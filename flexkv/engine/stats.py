@@ -1,0 +1,56 @@
+"""Frozen snapshots of what an engine has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flexkv.blocks import Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """One tier now (``num_slots`` to ``num_free``), and ever (the rest)."""
+
+    num_slots: int
+    num_resident: int
+    num_free: int
+    num_stored: int
+    num_evicted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """An engine since it started. A request is a call of ``lookup``; counts are of blocks."""
+
+    tiers: Mapping[Tier, TierStats]
+    num_requests: int
+    num_requested: int
+    num_hit: int
+    num_loaded: int
+    num_load_failed: int
+    num_stored: int
+    num_store_dropped: int
+    nbytes_loaded: int
+    nbytes_stored: int
+    lanes: Mapping[str, int]
+    """Bytes in flight, by direction."""
+    last_event_id: int
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the requested blocks that were resident."""
+        return self.num_hit / self.num_requested if self.num_requested else 0.0
+
+    def line(self) -> str:
+        """The numbers that an operator wants in a log, in one line."""
+        evicted = sum(tier.num_evicted for tier in self.tiers.values())
+        return (
+            f"{self.num_requests} requests, hit rate {self.hit_rate:.1%}, "
+            f"loaded {self.num_loaded} blocks ({self.nbytes_loaded / 2**20:.1f} MiB), "
+            f"stored {self.num_stored} blocks ({self.nbytes_stored / 2**20:.1f} MiB), "
+            f"evicted {evicted}, dropped {self.num_store_dropped}, failed {self.num_load_failed}"
+        )

@@ -1,0 +1,199 @@
+"""Runs copies in chunks: bounded in bytes, each wait with a deadline, each copy to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from flexkv.errors import TransferError
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+    from flexkv.config import TransfersConfig
+    from flexkv.tiers.base import PagedCopier
+
+_log = logging.getLogger(__name__)
+
+
+class Lane:
+    """Bounds the bytes in flight in one direction; who comes first goes first.
+
+    A copy that is larger than the bound goes alone.
+    """
+
+    def __init__(self, max_bytes: int, deadline_s: float) -> None:
+        self.nbytes_in_flight = 0
+        self._max_bytes = max_bytes
+        self._deadline_s = deadline_s
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def room(self, nbytes: int) -> AsyncIterator[None]:
+        """Hold room for ``nbytes``.
+
+        Raises:
+            TransferError: there was none within the deadline.
+        """
+        await self._enter(nbytes)
+        try:
+            yield
+        finally:
+            self._leave(nbytes)
+
+    async def _enter(self, nbytes: int) -> None:
+        if not self._waiting and self._fits(nbytes):
+            self.nbytes_in_flight += nbytes
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, turn))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self._leave(nbytes)  # it was our turn, just too late
+            else:
+                self._waiting.remove((nbytes, turn))
+                self._admit()  # whoever came after may fit
+            if isinstance(error, TimeoutError):
+                raise TransferError(f"waited {self._deadline_s} s for other copies") from None
+            raise
+
+    def _leave(self, nbytes: int) -> None:
+        self.nbytes_in_flight -= nbytes
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][0]):
+            nbytes, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self.nbytes_in_flight += nbytes
+                turn.set_result(None)
+
+    def _fits(self, nbytes: int) -> bool:
+        return not self.nbytes_in_flight or self.nbytes_in_flight + nbytes <= self._max_bytes
+
+
+class Transfers:
+    """Copies between the paged caches of all ranks and the host pool.
+
+    Each copy is a task of ``tasks``. A caller that is cancelled stops the chunks that have not
+    begun; it waits for those that have, because they still use the caller's GPU blocks.
+    """
+
+    def __init__(
+        self, settings: TransfersConfig, block_nbytes: int, tasks: asyncio.TaskGroup
+    ) -> None:
+        self._loads = Lane(settings.max_load_bytes, settings.deadline_s)
+        self._stores = Lane(settings.max_store_bytes, settings.deadline_s)
+        self._block_nbytes = block_nbytes
+        self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
+        self._tasks = tasks
+        self._running: set[asyncio.Task[bool]] = set()
+        self.copiers: dict[int, PagedCopier] = {}
+
+    @property
+    def lanes(self) -> Mapping[str, int]:
+        """Bytes in flight, by direction."""
+        return {
+            "load": self._loads.nbytes_in_flight,
+            "store": self._stores.nbytes_in_flight,
+        }
+
+    async def load(self, slots: array[int], block_ids: Sequence[int]) -> int:
+        """Copy ``slots`` into GPU blocks. Returns how many leading blocks arrived, on all ranks."""
+        copiers = self.copiers.values()
+        return await self._run(
+            self._loads,
+            [
+                [partial(copier.scatter, slots[part], block_ids[part]) for copier in copiers]
+                for part in self._chunks(len(slots))
+            ],
+            len(slots),
+        )
+
+    async def store(
+        self, block_ids: Sequence[int], slots: array[int], marks: Mapping[int, object]
+    ) -> int:
+        """Copy GPU blocks into ``slots``. Returns how many leading blocks are there, of all ranks.
+
+        ``marks``: of each rank, the work on its cache that the copy has to follow.
+        """
+        copiers = self.copiers.items()
+        return await self._run(
+            self._stores,
+            [
+                [
+                    partial(copier.gather, block_ids[part], slots[part], marks[rank])
+                    for rank, copier in copiers
+                ]
+                for part in self._chunks(len(slots))
+            ],
+            len(slots),
+        )
+
+    async def settle(self, timeout_s: float) -> int:
+        """Wait for running copies; then stop what has not begun. Returns how many still run."""
+        for stop in (False, True):
+            if stop:
+                for task in self._running:
+                    task.cancel()
+            if self._running:
+                await asyncio.wait(self._running, timeout=timeout_s)
+        return len(self._running)
+
+    def _chunks(self, num_blocks: int) -> list[slice]:
+        step = self._num_chunk_blocks
+        return [slice(at, min(at + step, num_blocks)) for at in range(0, num_blocks, step)]
+
+    async def _run(
+        self, lane: Lane, chunks: list[list[Callable[[], Awaitable[None]]]], num_blocks: int
+    ) -> int:
+        tasks: list[list[asyncio.Task[bool]]] = []
+        for i, copies in enumerate(chunks):
+            size = min(self._num_chunk_blocks, num_blocks - i * self._num_chunk_blocks)
+            nbytes = size * self._block_nbytes
+            tasks.append([self._start(lane, nbytes, copy) for copy in copies])
+        await _ended([task for group in tasks for task in group])
+        for i, group in enumerate(tasks):
+            if not all(not task.cancelled() and task.result() for task in group):
+                return i * self._num_chunk_blocks
+        return num_blocks
+
+    def _start(
+        self, lane: Lane, nbytes: int, copy: Callable[[], Awaitable[None]]
+    ) -> asyncio.Task[bool]:
+        task = self._tasks.create_task(_outcome(lane, nbytes, copy))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+
+async def _outcome(lane: Lane, nbytes: int, copy: Callable[[], Awaitable[None]]) -> bool:
+    try:
+        async with lane.room(nbytes):
+            await copy()
+    except TransferError as error:
+        _log.warning("a copy failed, its blocks count as missing: %s", error)
+        return False
+    return True
+
+
+async def _ended(tasks: Sequence[asyncio.Task[bool]]) -> None:
+    """Wait for all of ``tasks``, through cancellation too: a copy can't be abandoned."""
+    cancelled: asyncio.CancelledError | None = None
+    while pending := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            for task in pending:
+                task.cancel()
+    if cancelled is not None:
+        raise cancelled

@@ -1,0 +1,195 @@
+"""The host pool: one piece of shared memory that the engine and its GPU workers map."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from flexkv.errors import ConfigError, InputError, LayoutError
+from flexkv.tiers.memory import require_memory
+
+_ALIGNMENT = 4096  # what direct I/O asks for
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_TOUCH_NBYTES = 64 << 20  # between two looks at whether the pool was closed
+_MAX_TOUCH_THREADS = 16
+
+
+class HostPool:
+    """Slots of host memory in one memfd, laid out ``[rank][slot]``, 4096-aligned.
+
+    A slot is a rank's part of a block: ``slot_nbytes`` bytes, ``slot_stride`` apart. Memory is
+    taken from the system when it is touched, not before. ``touch_threads`` is how many threads
+    touch it (0: one per core, at most 16). ``source`` maps the pool of another process instead of
+    making one; see ``open``.
+
+    Raises:
+        ConfigError: not Linux, or less memory is available than the pool needs.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_nbytes: int,
+        num_ranks: int = 1,
+        touch_threads: int = 0,
+        *,
+        source: str | int | None = None,
+    ) -> None:
+        if sys.platform != "linux":
+            raise ConfigError(f"the host pool needs Linux (memfd), and this is {sys.platform}")
+        sizes = {"num_slots": num_slots, "slot_nbytes": slot_nbytes, "num_ranks": num_ranks}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        self.num_slots = num_slots
+        self.slot_nbytes = slot_nbytes
+        self.slot_stride = _rounded_up(slot_nbytes, _ALIGNMENT)
+        self.num_ranks = num_ranks
+        # whole pages, so that each rank can touch and pin its region and nothing else
+        self._region_nbytes = _rounded_up(num_slots * self.slot_stride, mmap.PAGESIZE)
+        self.nbytes = num_ranks * self._region_nbytes
+        self._num_threads = touch_threads or min(os.cpu_count() or 1, _MAX_TOUCH_THREADS)
+        self._pid = os.getpid()
+        self.fd = _created(self.nbytes) if source is None else _opened(source, self.nbytes)
+        # The array exports the mapping's buffer (torch.frombuffer would not), so it is unmapped
+        # when the last view is gone, and never under one.
+        array = np.frombuffer(mmap.mmap(self.fd, self.nbytes), np.uint8)
+        self._bytes: torch.Tensor | None = torch.from_numpy(array)
+
+    @classmethod
+    def open(
+        cls,
+        source: str | int,
+        num_slots: int,
+        slot_nbytes: int,
+        num_ranks: int = 1,
+        touch_threads: int = 0,
+    ) -> HostPool:
+        """Map the pool of another process: the ``path()`` it told, or a descriptor it sent.
+
+        Raises:
+            ConfigError: there is no such file, or this process may not open it.
+            LayoutError: the pool is of another size than these numbers say.
+        """
+        return cls(num_slots, slot_nbytes, num_ranks, touch_threads, source=source)
+
+    def path(self) -> str:
+        """Where a process of the same user can open the pool, as long as this one keeps it."""
+        return f"/proc/{self._pid}/fd/{self.fd}"
+
+    def region(self, rank: int) -> torch.Tensor:
+        """``rank``'s slots: uint8 of shape (num_slots, slot_nbytes), the pool's own memory."""
+        _check("rank", rank, self.num_ranks)
+        return self._mapped().as_strided(
+            (self.num_slots, self.slot_nbytes), (self.slot_stride, 1), rank * self._region_nbytes
+        )
+
+    def slot(self, rank: int, slot: int) -> memoryview:
+        """One slot: writable, ``slot_nbytes`` long, the pool's own memory."""
+        _check("rank", rank, self.num_ranks)
+        _check("slot", slot, self.num_slots)
+        start = rank * self._region_nbytes + slot * self.slot_stride
+        return self._mapped().numpy().data[start : start + self.slot_nbytes]
+
+    def touch(self, rank: int) -> None:
+        """Take the memory of ``rank``'s region, in threads; what is written there stays.
+
+        Blocks the calling thread, but never the GIL. Ends early where the pool is closed.
+
+        Raises:
+            ConfigError: less memory is available than the region still needs.
+        """
+        _check("rank", rank, self.num_ranks)
+        self._touch(rank * self._region_nbytes, self._region_nbytes)
+
+    def touch_all(self) -> None:
+        """``touch`` every region."""
+        self._touch(0, self.nbytes)
+
+    def close(self) -> None:
+        """Let go of the pool. Memory stays mapped for as long as a view of it lives."""
+        if self._bytes is not None:
+            self._bytes = None
+            os.close(self.fd)
+
+    def _mapped(self) -> torch.Tensor:
+        if self._bytes is None:
+            raise InputError("the host pool is closed")
+        return self._bytes
+
+    def _touch(self, start: int, nbytes: int) -> None:
+        region = self._mapped()[start : start + nbytes]
+        untouched = max(0, self.nbytes - 512 * os.fstat(self.fd).st_blocks)
+        require_memory(min(nbytes, untouched))
+        share = _rounded_up(-(-nbytes // self._num_threads), mmap.PAGESIZE)
+        with ThreadPoolExecutor(self._num_threads, "flexkv-touch") as threads:
+            shares = [threads.submit(self._touch_share, part) for part in _parts(region, share)]
+        for done in shares:
+            done.result()
+
+    def _touch_share(self, share: torch.Tensor) -> None:
+        for part in _parts(share, _TOUCH_NBYTES):
+            if self._bytes is None:
+                return
+            _populate(part)
+
+
+def _created(nbytes: int) -> int:
+    require_memory(nbytes)
+    fd = os.memfd_create("flexkv-pool", os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+def _opened(source: str | int, nbytes: int) -> int:
+    try:
+        if isinstance(source, int):
+            fd = os.dup(source)  # each side closes its own
+        else:
+            fd = os.open(source, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"the host pool {source} can't be opened: {error.strerror}") from error
+    found = os.fstat(fd).st_size
+    if found != nbytes:
+        os.close(fd)
+        raise LayoutError(
+            f"the host pool {source} has {found} bytes, where {nbytes} are expected: num_slots, "
+            "slot_nbytes and num_ranks must be those it was made with"
+        )
+    return fd
+
+
+def _populate(part: torch.Tensor) -> None:
+    # through ctypes, which releases the GIL; mmap.madvise holds it
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, nbytes = ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.numel())
+    if libc.madvise(address, nbytes, _MADV_POPULATE_WRITE) == 0:
+        return
+    if ctypes.get_errno() == errno.EINVAL:  # an older kernel
+        pages = part.numpy()[:: mmap.PAGESIZE]
+        np.bitwise_or(pages, 0, out=pages)  # writes what is there
+        return
+    raise ConfigError(
+        f"the system refuses {part.numel()} bytes of the host pool "
+        f"({os.strerror(ctypes.get_errno())}): lower num_cpu_blocks or cpu_cache_gb"
+    )
+
+
+def _parts(whole: torch.Tensor, nbytes: int) -> list[torch.Tensor]:
+    return [whole[start : start + nbytes] for start in range(0, whole.numel(), nbytes)]
+
+
+def _check(name: str, value: int, limit: int) -> None:
+    if not 0 <= value < limit:
+        raise InputError(f"{name} {value} is not in the host pool, which has {limit}")
+
+
+def _rounded_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
