@@ -13,7 +13,7 @@ BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/_%,$(sort $(wildcard benc
 
 # The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
 PARTS := index install trace
-PART  ?= index install $(if $(TRACE),trace)
+PART  ?= index install$(if $(TRACE), trace)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,7 +44,7 @@ bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --
 	if [ -n "$$failed" ]; then echo "missed a target:$$failed" >&2; exit 1; fi
 
 nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
-	@echo "passed: $(PART)$(if $(filter trace,$(PART)),, (not trace: it needs TRACE=file.jsonl and PART=trace))"
+	@echo "passed: $(PART)$(if $(TRACE),,; the part trace needs TRACE=file.jsonl)"
 
 nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model
 	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py $(PYTEST_ARGS)
@@ -59,7 +59,7 @@ nightly-trace: $(VENV)/.demo ## A trace in the Mooncake format, TRACE=file.jsonl
 
 clean: ## Removes the virtual environment, caches and builds
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find flexkv tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: what is installed is renewed when pyproject.toml or constraints.txt changes, only then.
 $(VENV)/.demo: pyproject.toml constraints.txt

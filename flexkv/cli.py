@@ -91,7 +91,7 @@ def replay(
     as_json: _Json = False,
 ) -> None:
     """Replay TRACE through engines behind Dynamo's real router; check bytes and beliefs."""
-    from flexkv.replay.run import Pace  # noqa: PLC0415  # --help must not wait for torch
+    from flexkv.replay.run import Pace  # noqa: PLC0415  # for this command alone
     from flexkv.replay.stage import Settings  # noqa: PLC0415  # as above
     from flexkv.replay.trace import read_trace  # noqa: PLC0415  # as above
 
@@ -120,7 +120,7 @@ def demo(
     as_json: _Json = False,
 ) -> None:
     """Show it on made-up conversations: two workers, Dynamo's router, an own NATS server."""
-    from flexkv.replay.stage import Settings  # noqa: PLC0415  # --help must not wait for torch
+    from flexkv.replay.stage import Settings  # noqa: PLC0415  # for this command alone
     from flexkv.replay.workload import conversations  # noqa: PLC0415  # as above
 
     workload = conversations(requests, seed=seed)
@@ -132,7 +132,7 @@ def demo(
 
 
 def _run(workload: Workload, settings: Settings, *, as_json: bool) -> Report:
-    from rich.console import Console  # noqa: PLC0415  # --help must not wait for it
+    from rich.console import Console  # noqa: PLC0415  # as above
 
     from flexkv.replay import report as texts  # noqa: PLC0415  # as above
     from flexkv.replay import stage  # noqa: PLC0415  # as above

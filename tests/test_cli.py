@@ -80,11 +80,6 @@ def test_speed_follows_the_arrivals(flexkv: Any, trace: Path) -> None:
     assert json.loads(out)["seconds"] >= 0.029  # when the last request came
 
 
-def test_a_seed_makes_the_same_keys_and_another_makes_others(flexkv: Any, trace: Path) -> None:
-    once, again = (flexkv("replay", trace, "--json", "--seed", 4)[1] for _ in range(2))
-    assert json.loads(once)["seed"] == json.loads(again)["seed"] == 4
-
-
 def test_the_demo_shows_hits_evictions_and_agreement(flexkv: Any) -> None:
     status, out, _ = flexkv("demo", "--requests", 120)
     assert status == 0
@@ -185,6 +180,6 @@ def test_a_missing_extra_exits_with_2_and_says_what_to_install(
     assert err.count("\n") == 1
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    program = "import sys; from flexkv import cli; sys.exit('torch' in sys.modules)"
+def test_the_commands_import_what_they_need_when_they_run() -> None:
+    program = "import sys; from flexkv import cli; sys.exit('flexkv.replay' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

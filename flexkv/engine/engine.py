@@ -201,16 +201,15 @@ class Engine:
         blocks = blocks.part(0, first + len(block_ids))
         num_clears = self._num_clears
         num_stored = num_there = 0
-        for _ in range(
-            2
-        ):  # a store that this one relied on may fail: then once from our own blocks
+        for _ in range(2):  # a store that this one joined may fail: then once from our own blocks
             plan = plan_store(self._host, blocks, first)
             self._emit(plan.removed)
             if plan.reservation is None:
                 break
             await self._copy_in(plan, block_ids, marks)
+            joined_arrived = await self._joined_arrived(plan.reservation)
             num_stored += plan.reservation.num_stored
-            if await self._all_arrived(plan.reservation):
+            if joined_arrived:
                 num_there = plan.num_present + plan.reservation.num_stored
                 break
             num_there = max(0, self._host.match(blocks).num_blocks - first)
@@ -287,13 +286,12 @@ class Engine:
             del self._copies[reservation]
             copied.set_result(None)
 
-    async def _all_arrived(self, reservation: Reservation) -> bool:
-        """Wait for the copies that this store joined. True if it and they brought everything."""
+    async def _joined_arrived(self, reservation: Reservation) -> bool:
+        """Wait for the copies that a store joined. True if they brought everything."""
         copies = [self._copies[other] for other in reservation.joined if other in self._copies]
         if copies:
             await asyncio.wait(copies, timeout=self._config.transfers.deadline_s)
-        everything = (reservation, *reservation.joined)
-        return all(one.num_stored == len(one.slots) for one in everything)
+        return all(other.num_stored == len(other.slots) for other in reservation.joined)
 
     def _emit(self, events: Sequence[Event]) -> None:
         """Number and announce, in the step that made the events true."""

@@ -153,7 +153,8 @@ class TierIndex:
     def commit(self, reservation: Reservation, num_blocks: int | None = None) -> list[Event]:
         """The bytes of the first ``num_blocks`` reserved blocks (default: all) are in place.
 
-        The rest, and whatever was to follow it, is given up. Blocks whose parent is not resident
+        The rest, and whatever was to follow it, is given up; then what comes before counts as used
+        just now. Blocks whose parent is not resident
         yet wait for it. A reservation that the index gave up meanwhile only returns its slots.
         """
         runs = reservation.runs()
@@ -166,10 +167,10 @@ class TierIndex:
         num_left = len(reservation.slots) if num_blocks is None else num_blocks
         for i, run in enumerate(runs):
             if len(run.slots) > num_left:
-                given_up = [run.cut(num_left) if num_left else run, *runs[i + 1 :]]
-                self._detach(given_up[0])  # nothing below is resident: no events
+                given_up = runs[i:]
+                runs = [*runs[:i], self._split(run, num_left)] if num_left else runs[:i]
+                self._cut(run)  # nothing of it is resident: no events
                 self._end_writing(given_up)
-                runs = runs[: i + 1] if num_left else runs[:i]
                 break
             num_left -= len(run.slots)
         events: list[Event] = []
@@ -187,13 +188,15 @@ class TierIndex:
     def lose(self, blocks: Blocks) -> list[Event]:
         """The bytes of the last of ``blocks`` are lost: it and all that follows it leave.
 
+        What came before it counts as used just now.
         Slots that are still being read or written return when that ends.
         """
         path, last, num_present = self._descend(blocks)
         if not path or num_present < len(blocks) or path[-1].state is not State.RESIDENT:
             return []
-        run = path[-1]
-        return self._detach(run.cut(last - 1) if last > 1 else run)
+        if last > 1:
+            self._split(path[-1], last - 1)
+        return self._cut(path[-1])
 
     def clear(self) -> None:
         """Nothing is resident any more, and nothing on its way will be."""
@@ -238,12 +241,19 @@ class TierIndex:
     def _end_path(self, path: list[Run], last: int) -> Run:
         """The run that ends where ``path`` does; splits one if none does."""
         run = path[-1]
-        if last == len(run.slots):
-            return run
-        head = run.split(last)
+        return run if last == len(run.slots) else self._split(run, last)
+
+    def _split(self, run: Run, at: int) -> Run:
+        """Returns the new head, which is to be touched; ``run`` keeps the tail."""
+        head = run.split(at)
         for walk in self._walks:
             walk.note_split(head, run)
         return head
+
+    def _cut(self, run: Run) -> list[Event]:
+        """Take ``run`` and all below it out; what is above counts as used just now."""
+        self._refresh(run.parent)
+        return self._detach(run)
 
     def _refresh(self, run: Run | None) -> None:
         """Touch ``run`` and its ancestors, children first."""
@@ -350,6 +360,8 @@ class TierIndex:
                 self.num_resident -= size
                 events.append(BlockRemoved(run.blocks, self.tier))
             self._free += run.slots[run.num_pinned :]
+            if run.state is State.WRITTEN:  # its writer has ended already
+                self._end_writing([run])
         return events
 
 

@@ -84,31 +84,6 @@ class Run:
         head.num_pinned_children = 1 if self.num_pinned else 0
         return head
 
-    def cut(self, at: int) -> Run:
-        """Move the blocks from ``at`` on, with their children and leases, into a new run below.
-
-        This object keeps the head and its place in the recency order.
-        """
-        tail = Run(
-            self.blocks.part(at, len(self.slots)).compact(), self.slots[at:], self, self.state
-        )
-        tail.reservation = self.reservation
-        self.blocks = self.blocks.part(0, at).compact()
-        self.slots = self.slots[:at]
-        tail.children, self.children = self.children, {tail.blocks.key(0): tail}
-        for child in tail.children.values():
-            child.parent = tail
-        tail.leases = [lease for lease in self.leases if lease.reach > at]
-        self.leases = [lease for lease in self.leases if lease.reach <= at]
-        for lease in tail.leases:
-            lease.reach -= at
-            lease.run = tail
-        tail.num_pinned_children = self.num_pinned_children
-        tail.num_pinned = max(0, self.num_pinned - at)
-        self.num_pinned = min(self.num_pinned, at)
-        self.num_pinned_children = 1 if tail.num_pinned else 0
-        return tail
-
 
 class Lease:
     """Protects the first ``num_blocks`` blocks of a chain from eviction until it is released.

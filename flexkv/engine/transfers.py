@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ class Lane:
         self.nbytes_in_flight = 0
         self._max_bytes = max_bytes
         self._deadline_s = deadline_s
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: dict[asyncio.Future[None], int] = {}  # in order of arrival
 
     @asynccontextmanager
     async def room(self, nbytes: int) -> AsyncIterator[None]:
@@ -46,20 +45,27 @@ class Lane:
         finally:
             self._leave(nbytes)
 
+    def turn_away(self) -> None:
+        """Those who wait for room now get a TransferError."""
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(TransferError("the engine is closing"))
+        self._waiting.clear()
+
     async def _enter(self, nbytes: int) -> None:
         if not self._waiting and self._fits(nbytes):
             self.nbytes_in_flight += nbytes
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((nbytes, turn))
+        self._waiting[turn] = nbytes
         try:
             async with asyncio.timeout(self._deadline_s):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._leave(nbytes)  # it was our turn, just too late
             else:
-                self._waiting.remove((nbytes, turn))
+                self._waiting.pop(turn, None)
                 self._admit()  # whoever came after may fit
             if isinstance(error, TimeoutError):
                 raise TransferError(f"waited {self._deadline_s} s for other copies") from None
@@ -70,8 +76,11 @@ class Lane:
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            nbytes, turn = self._waiting.popleft()
+        while self._waiting:
+            turn, nbytes = next(iter(self._waiting.items()))
+            if not self._fits(nbytes):
+                break
+            del self._waiting[turn]
             if not turn.cancelled():
                 self.nbytes_in_flight += nbytes
                 turn.set_result(None)
@@ -139,13 +148,13 @@ class Transfers:
         )
 
     async def settle(self, timeout_s: float) -> int:
-        """Wait for running copies; then stop what has not begun. Returns how many still run."""
-        for stop in (False, True):
-            if stop:
-                for task in self._running:
-                    task.cancel()
-            if self._running:
-                await asyncio.wait(self._running, timeout=timeout_s)
+        """Wait for copies, then for those that run by then. Returns how many still do."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
+        self._loads.turn_away()
+        self._stores.turn_away()
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
         return len(self._running)
 
     def _chunks(self, num_blocks: int) -> list[slice]:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from flexkv.events.nats_link import NatsLink
 from flexkv.events.types import AllBlocksCleared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from flexkv.config import EventsConfig
     from flexkv.events.log import EventSource
@@ -58,9 +58,9 @@ class NatsSink:
     The source is live-only: a router hears what is published while it listens. So everything
     resident is told again ("resync": clear, snapshot, then news) when the sink starts and when the
     worker's model card appears, each time once more after SETTLE_S; ``reconnect_resync_s`` after
-    each reconnect, since a router's client may come back up to 4 s after ours; after more than
-    ``outbox`` blocks, or more than the log's ring holds, waited to be sent; and on ``resync``.
-    A router that starts later stays cold until the next of these.
+    each reconnect, since a router's client may come back up to 4 s after ours; when more than
+    ``outbox`` blocks would wait to be sent; and on ``resync``. A router that starts later stays
+    cold until the next of these.
 
     While disconnected nothing is queued. Connection errors are logged, counted, and end nothing.
     """
@@ -78,11 +78,11 @@ class NatsSink:
         )
         self._resyncs = _Resyncs()
         self._wake = asyncio.Event()
-        self._link = NatsLink(settings, self._linked)
+        self._link = NatsLink(settings, on_connect=self._on_connect, on_loss=self._drop_news)
         self._source: EventSource | None = None
-        self._sent_id = 0  # of the log's events
+        self._outbox = _Outbox(settings.outbox)
         self._task: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing = self._giving_up = False
         self._sent: Counter[str] = Counter()
         self._num_resyncs: Counter[str] = Counter()
 
@@ -104,8 +104,12 @@ class NatsSink:
         self._task.add_done_callback(_report)
 
     def wake(self) -> None:
-        """The source has news."""
-        self._wake.set()
+        """The source has news: take them, unless a resync is to come that will tell them."""
+        assert self._source is not None
+        if self._outbox.is_open:
+            if not self._outbox.fill(self._source):
+                self._plan("overflow", _REST_S)
+            self._wake.set()
 
     def resync(self) -> None:
         """Tell everything again, for a router that has come late."""
@@ -129,6 +133,7 @@ class NatsSink:
         self._wake.set()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._settings.close_timeout_s)
+            self._giving_up = True  # nats-py may swallow the cancellation
             self._task.cancel()
             await asyncio.wait([self._task])
         try:
@@ -159,35 +164,22 @@ class NatsSink:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await self._wake.wait()
-        if self._link.connected and not self._resyncs.waiting:
-            await self._send_news()
+        if self._link.connected:
+            await self._send(self._outbox.drain())
             await self._link.flush()
 
     async def _send_due(self, now_s: float) -> None:
         reason = self._resyncs.take(now_s)
-        if reason is not None:
-            if await self._send_everything(clear=reason != "settle"):
-                self._num_resyncs[reason] += 1
-        elif not self._resyncs.waiting:
-            await self._send_news()
-
-    async def _send_news(self) -> None:
-        assert self._source is not None
-        outbox = self._settings.outbox
-        if self._source.last_id - self._sent_id > outbox:  # each names a block, or counts as one
-            self._plan("overflow", _REST_S)
-            return
-        entries = self._source.since(self._sent_id)
-        if entries is None or sum(_weight(entry.event) for entry in entries) > outbox:
-            self._plan("overflow", _REST_S)
-        elif entries:
-            self._sent_id = entries[-1].event_id
-            await self._send(entry.event for entry in entries)
+        if reason is None:
+            await self._send(self._outbox.drain())
+        elif await self._send_everything(clear=reason != "settle"):
+            self._num_resyncs[reason] += 1
 
     async def _send_everything(self, *, clear: bool) -> bool:
         """What is resident. News of the time meanwhile come after it, and are idempotent."""
         assert self._source is not None
-        self._sent_id, resident = self._source.dump()
+        last_id, resident = self._source.dump()
+        self._outbox.open(last_id)
         cleared = [AllBlocksCleared()] if clear else []
         return await self._send(chain(cleared, resident)) and await self._link.flush()
 
@@ -195,8 +187,9 @@ class NatsSink:
         """Publish ``events`` in pieces that leave the loop free; False where the link is lost."""
         for batch in self._codec.batches(events, self._link.max_payload):
             message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
-            if not await self._link.publish(self._subject, message):
+            if self._giving_up or not await self._link.publish(self._subject, message):
                 # Its ids are used up: a gap, which the router answers by forgetting.
+                self._drop_news()
                 self._plan("reconnect", self._settings.reconnect_resync_s)
                 return False
             self._sent["events"] += len(batch.events)
@@ -232,11 +225,16 @@ class NatsSink:
         except FeedError as error:
             _log.warning("%s", error)
 
-    def _linked(self, *, again: bool) -> None:
+    def _on_connect(self, *, again: bool) -> None:
         if again:
+            self._drop_news()
             self._plan("reconnect", self._settings.reconnect_resync_s)
         else:
             self._plan_settled("start")
+
+    def _drop_news(self) -> None:
+        """Take none either, up to the next resync: nobody would hear them."""
+        self._outbox.close()
 
     def _plan_settled(self, reason: str) -> None:
         self._plan(reason)
@@ -273,10 +271,48 @@ class _Resyncs:
         """When the next one is due, if one is planned."""
         return min(self._due.values(), default=None)
 
-    @property
-    def waiting(self) -> bool:
-        """Whether news are pointless now, since one is to come that will tell them."""
-        return any(reason != "settle" for reason in self._due)
+
+class _Outbox:
+    """News that wait to be sent, up to ``limit`` blocks. Closed at first: a resync opens it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._events: deque[Event] = deque()
+        self._num_blocks = 0
+        self._last_id = 0
+        self.is_open = False
+
+    def open(self, last_id: int) -> None:
+        """Empty it, and take what comes after ``last_id`` from now on."""
+        self.close()
+        self._last_id = last_id
+        self.is_open = True
+
+    def close(self) -> None:
+        """Empty it, and take nothing more."""
+        self._events.clear()
+        self._num_blocks = 0
+        self.is_open = False
+
+    def fill(self, source: EventSource) -> bool:
+        """Take what is new; False, and closed, where that is too much."""
+        entries = source.since(self._last_id)
+        for entry in entries or ():
+            self._events.append(entry.event)
+            self._num_blocks += _weight(entry.event)
+        self._last_id = source.last_id
+        if entries is None or self._num_blocks > self._limit:
+            self.close()
+        return self.is_open
+
+    def drain(self) -> Iterator[Event]:
+        """Take out what is in it now, one by one."""
+        for _ in range(len(self._events)):
+            if not self._events:  # closed meanwhile
+                return
+            event = self._events.popleft()
+            self._num_blocks -= _weight(event)
+            yield event
 
 
 def _worker(settings: EventsConfig) -> WorkerRank:

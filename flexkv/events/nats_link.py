@@ -15,6 +15,8 @@ from flexkv.errors import FeedError
 from flexkv.events.dynamo import MIN_PAYLOAD_NBYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flexkv.config import EventsConfig
 
 _RECONNECT_WAIT_S = 0.5
@@ -27,7 +29,7 @@ _CONNECTION_ERRORS = (OSError, EOFError, ValueError, TimeoutError, nats.errors.E
 _log = logging.getLogger(__name__)
 
 
-class Linked(Protocol):
+class OnConnect(Protocol):
     """Told each time the connection is there; ``again``: not for the first time."""
 
     def __call__(self, *, again: bool) -> None:
@@ -36,11 +38,14 @@ class Linked(Protocol):
 
 
 class NatsLink:
-    """One connection at a time; ``linked`` is told of each."""
+    """One connection at a time; ``on_connect`` is told of each, ``on_loss`` of its end."""
 
-    def __init__(self, settings: EventsConfig, linked: Linked) -> None:
+    def __init__(
+        self, settings: EventsConfig, *, on_connect: OnConnect, on_loss: Callable[[], None]
+    ) -> None:
         self._settings = settings
-        self._linked = linked
+        self._on_connect = on_connect
+        self._on_loss = on_loss
         self._client: Client | None = None
         self._closed = asyncio.Event()
         self._last_error: Exception | None = None
@@ -83,7 +88,7 @@ class NatsLink:
             _log.warning("%s: events go nowhere until one does", what)
         else:
             self._was_connected = True
-            self._linked(again=False)
+            self._on_connect(again=False)
 
     async def keep(self) -> None:
         """Connect again whenever nats-py has given up, for ever."""
@@ -140,8 +145,8 @@ class NatsLink:
             self._closed.set()
             await asyncio.sleep(_RECONNECT_WAIT_S)
         else:
-            _log.warning("connected to NATS at %s", self._client.connected_url)
-            self._linked(again=self._was_connected)
+            _log.warning("connected to NATS")
+            self._on_connect(again=self._was_connected)
             self._was_connected = True
 
     def _options(self) -> dict[str, Any]:
@@ -172,12 +177,13 @@ class NatsLink:
         _log.debug("NATS: %r", error)
 
     async def _on_disconnected(self) -> None:
+        self._on_loss()
         if self._client is not None and not self._client.is_closed:  # not by our own close
             _log.warning("the connection to NATS is lost: events go nowhere until it is back")
 
     async def _on_reconnected(self) -> None:
-        _log.warning("connected to NATS again")
-        self._linked(again=True)
+        _log.warning("connected to NATS")
+        self._on_connect(again=True)
 
     async def _on_closed(self) -> None:
         self._closed.set()

@@ -146,14 +146,14 @@ def table_of(report: Report) -> Table:
     title = f"{report.workload}: {report.requests} requests, {report.seconds:.1f} s"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("worker")
-    for name in ("requests", "blocks", "hits", "stored", "evicted", "resident", "wrong bytes"):
+    for name in ("requests", "blocks", "hits", "stored", "evicted", "resident"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.workers:
         resident = f"{row.resident}/{row.capacity}"
-        table.add_row(row.worker, *_cells(row.counts, resident, row.wrong_bytes))
+        table.add_row(row.worker, *_cells(row.counts, resident))
     table.add_section()
     resident = str(sum(row.resident for row in report.workers))
-    cells = _cells(report.counts, resident, report.wrong_bytes)
+    cells = _cells(report.counts, resident)
     table.add_row("all", *cells)
     return table
 
@@ -209,7 +209,7 @@ def _rate(num_hit: int, num_blocks: int) -> float:
     return round(num_hit / num_blocks, 4) if num_blocks else 0.0
 
 
-def _cells(counts: Counts, resident: str, wrong_bytes: int) -> list[str]:
+def _cells(counts: Counts, resident: str) -> list[str]:
     hits = f"{counts.block_hit_rate:.1%}"
     numbers = (counts.requests, counts.blocks, hits, counts.stored, counts.evicted)
-    return [str(cell) for cell in (*numbers, resident, wrong_bytes)]
+    return [str(cell) for cell in (*numbers, resident)]

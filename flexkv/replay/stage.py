@@ -100,14 +100,16 @@ async def staged(workload: Workload, settings: Settings) -> AsyncIterator[Replay
             nats_url = (await stack.enter_async_context(NatsServer())).url
         await _require_server(nats_url)
         tokens, endpoint = workload.tokens_per_block, ".".join(_ENDPOINT)
+        # The router is first up and last down: it complains of what leaves after it.
+        router = Router(nats_url, discovery_path, tokens_per_block=tokens, endpoint=endpoint)
+        await stack.enter_async_context(router)
         cards = [
             FakeWorker(nats_url, discovery_path, tokens_per_block=tokens, endpoint=endpoint)
             for _ in range(settings.num_workers)
         ]
-        for card in cards:
-            await stack.enter_async_context(card)
-        router = Router(nats_url, discovery_path, tokens_per_block=tokens, endpoint=endpoint)
-        await stack.enter_async_context(router)
+        async with asyncio.TaskGroup() as tasks:
+            for card in cards:
+                tasks.create_task(stack.enter_async_context(card))
         worker_ids = [card.worker_id for card in cards]
         await router.wait_for_workers(worker_ids)
         workers = {}

@@ -24,8 +24,9 @@ from flexkv.blocks import BlockKey, Tier
 from flexkv.engine.index import TierIndex
 from flexkv.errors import TierFullError
 from flexkv.events.log import EventLog
-from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
+from flexkv.events.types import AllBlocksCleared
 from tests.engine.chains import chain, key_of
+from tests.engine.followers import follow, single_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +80,9 @@ class Model:
             block.used_at = next(self.clock)
 
     def pinned(self) -> set[ModelBlock]:
-        unfinished = [b for b in (*self.blocks.values(), *self.held) if b.state != "resident"]
+        unfinished = [
+            b for b in (*self.blocks.values(), *self.held) if b.state in {"writing", "written"}
+        ]
         leased = [b for lease in self.leases.values() for b in lease]
         return {a for b in (*unfinished, *leased) for a in b.lineage()}
 
@@ -89,6 +92,8 @@ class Model:
     def take_out(self, block: ModelBlock) -> None:
         del self.blocks[block.path]
         block.attached = False
+        if block.state == "written":
+            block.state = "ended"
         self.held.append(block)
 
     def subtree(self, path: Path) -> list[ModelBlock]:
@@ -126,32 +131,6 @@ class Model:
 class Writing:
     reservation: Reservation
     blocks: list[ModelBlock]
-
-
-def single_steps(events: list[Event]) -> list[tuple[str, BlockKey]]:
-    """Events block by block, in the order in which they became true."""
-    steps: list[tuple[str, BlockKey]] = []
-    for event in events:
-        if isinstance(event, BlockStored):
-            steps += [("stored", key) for key in event.blocks]
-        elif isinstance(event, BlockRemoved):
-            steps += [("removed", key) for key in reversed(list(event.blocks))]
-    return steps
-
-
-def follow(believed: set[BlockKey], event: Event) -> None:
-    """Apply an event as a router does, and check what it may rely on."""
-    if isinstance(event, AllBlocksCleared):
-        believed.clear()
-        return
-    for kind, key in single_steps([event]):
-        if kind == "stored":
-            assert key not in believed, "one Stored per residency"
-            believed.add(key)
-        else:
-            assert key in believed, "one Removed per loss"
-            believed.remove(key)
-    assert event.blocks.parent is None or event.blocks.parent in believed, "parents outlive"
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -229,16 +208,18 @@ class IndexMachine(RuleBasedStateMachine):
         if not writing.blocks[0].attached:
             assert events == []
             for block in writing.blocks:
-                block.state = "resident"  # in use no longer
+                block.state = "ended"
             model.drop_unused()
             return
         for block in writing.blocks[:num_blocks]:
             block.state = "written"
         if num_blocks < len(writing.blocks):
+            first_gone = writing.blocks[num_blocks]
+            model.touch(model.prefix(first_gone.path[:-1]))
             for block in model.subtree(writing.blocks[num_blocks].path):
                 model.take_out(block)
             for block in writing.blocks[num_blocks:]:
-                block.state = "resident"
+                block.state = "ended"
             model.drop_unused()
         settled = model.settle()
         steps = single_steps(events)
@@ -289,10 +270,11 @@ class IndexMachine(RuleBasedStateMachine):
         expected: list[ModelBlock] = []
         if len(model.prefix(path, "resident")) == len(path):
             expected = model.subtree(path)
-            for block in expected:
-                model.take_out(block)
-        steps = single_steps(events)
+            model.touch(model.prefix(path[:-1]))
         residents = {key_of(b.path) for b in expected if b.state == "resident"}
+        for block in expected:
+            model.take_out(block)
+        steps = single_steps(events)
         assert {key for _, key in steps} == residents
         assert len(steps) == len(residents)
         gone: set[BlockKey] = set()

@@ -131,6 +131,15 @@ async def test_the_events_of_every_engine_add_up_to_its_residency() -> None:
             assert replayed(events) == worker.engine.residency(Tier.HOST) != set()
 
 
+async def test_a_seed_makes_the_same_keys_again_and_another_makes_others() -> None:
+    keys = []
+    for seed in (4, 4, 5):
+        async with local_stage(WORKLOAD, replace(SETTINGS, seed=seed)) as stage:
+            keys.append(list(stage.blocks_of((1, 2))))
+    assert keys[0] == keys[1]
+    assert not set(keys[0]) & set(keys[2])
+
+
 async def test_a_failing_router_ends_the_replay_with_its_error() -> None:
     async with local_stage(WORKLOAD, SETTINGS) as stage:
 
