@@ -312,9 +312,7 @@ class Engine:
 
     def _attach_copier(self, copier: PagedCopier, rank: int) -> None:
         if not 0 <= rank < self._layout.num_ranks:
-            raise InputError(
-                f"rank {rank} is not in the layout, which has {self._layout.num_ranks}"
-            )
+            raise InputError(f"rank {rank} is not one of the layout's {self._layout.num_ranks}")
         if rank in self._transfers.copiers:
             raise InputError(f"rank {rank} has its caches already")
         if self._pool is not None:

@@ -49,7 +49,7 @@ class TierIndex:
         self.num_evicted = 0  # ever
         self._min_evicted = int(evict_ratio * num_slots)
         self._policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self._free = array("i", range(num_slots - 1, -1, -1))  # a stack
+        self._free = array("i", range(num_slots))  # a stack
         self._num_used = 0  # blocks in the tree
         self._num_pinned = 0  # of these, how many can't leave
         nothing = Blocks(b"", b"", tokens_per_block=1)
@@ -281,8 +281,7 @@ class TierIndex:
     def _take(self, num_slots: int) -> array[int]:
         slots = self._free[-num_slots:]
         del self._free[-num_slots:]
-        slots.reverse()
-        return slots
+        return slots  # what was freed together comes back in its order: neighbours stay neighbours
 
     def _evict(self, num_blocks: int) -> list[Event]:
         """Evict exactly so many; the caller knows that so many can leave."""

@@ -345,7 +345,7 @@ class IndexMachine(RuleBasedStateMachine):
 NIGHTLY = os.environ.get("FLEXKV_HYPOTHESIS") == "nightly"
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(
-    max_examples=2000 if NIGHTLY else 150,
+    max_examples=2000 if NIGHTLY else 300,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),
