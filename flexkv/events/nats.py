@@ -105,8 +105,8 @@ class NatsSink:
 
     def wake(self) -> None:
         """The source has news: take them, unless a resync is to come that will tell them."""
-        assert self._source is not None
         if self._outbox.is_open:
+            assert self._source is not None
             if not self._outbox.fill(self._source):
                 self._plan("overflow", _REST_S)
             self._wake.set()

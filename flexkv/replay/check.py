@@ -48,11 +48,13 @@ class Chain:
 class Verdict:
     """How many chains of each kind were checked, and what the router has wrong of each worker.
 
+    ``num_heads``: heads of evicted chains that were served again, to make partly resident ones.
     ``divergences``: chains whose overlap scores differ from what the engine holds.
     ``differing_blocks``: blocks of the whole index that only the router or only the engine has.
     """
 
     num_checked: Mapping[Kind, int]
+    num_heads: int
     divergences: Mapping[int, int]
     differing_blocks: Mapping[int, int]
     seconds: float
@@ -68,21 +70,27 @@ async def check(replay: Replay, *, num_chains: int, seed: int, timeout_s: float)
     rng = random.Random(seed)  # noqa: S311 - a sample, not a secret
     served = sorted({request.block_ids for request in replay.workload.requests} - {()})
     rng.shuffle(served)
-    sample = _sample(replay, served, num_chains)
+    num_common = replay.workload.num_common
+    sample = _sample(replay, served, num_common, num_chains)
+    num_heads = 0
     for _ in range(_NUM_TOP_UP_ROUNDS):
-        for head in _heads_to_serve(sample, replay, num_chains):
+        heads = _heads_to_serve(sample, num_common, num_chains)
+        if not heads:
+            break
+        for head in heads:
             await replay.serve(head)
-        sample = _sample(replay, served, num_chains)
+        num_heads += len(heads)
+        sample = _sample(replay, served, num_common, num_chains)
     started_s = loop.time()
     chains = [chain for kind in sample.values() for chain in kind]
     divergences = await _diverging(replay, chains, started_s + timeout_s)
     differing = await _differing(replay, started_s + timeout_s)
     num_checked = {kind: len(chains) for kind, chains in sample.items()}
-    return Verdict(num_checked, divergences, differing, loop.time() - started_s)
+    return Verdict(num_checked, num_heads, divergences, differing, loop.time() - started_s)
 
 
 def _sample(
-    replay: Replay, served: Iterable[tuple[int, ...]], num_chains: int
+    replay: Replay, served: Iterable[tuple[int, ...]], num_common: int, num_chains: int
 ) -> dict[Kind, list[Chain]]:
     held = {wid: worker.engine.residency(Tier.HOST) for wid, worker in replay.workers.items()}
     sample: dict[Kind, list[Chain]] = {kind: [] for kind in Kind}
@@ -92,7 +100,7 @@ def _sample(
         blocks = replay.blocks_of(block_ids)
         keys = list(blocks)
         truth = {wid: _num_leading(keys, keys_held) for wid, keys_held in held.items()}
-        of = sample[_kind(max(truth.values()), len(blocks), replay.workload.num_common)]
+        of = sample[_kind(max(truth.values()), len(blocks), num_common)]
         if len(of) < num_chains:
             of.append(Chain(block_ids, blocks, truth))
     return sample
@@ -109,11 +117,11 @@ def _kind(num_held: int, num_blocks: int, num_common: int) -> Kind:
 
 
 def _heads_to_serve(
-    sample: Mapping[Kind, Sequence[Chain]], replay: Replay, num_chains: int
+    sample: Mapping[Kind, Sequence[Chain]], num_common: int, num_chains: int
 ) -> list[tuple[int, ...]]:
     """Heads that make evicted chains partly resident: a bit longer than what all chains share."""
     num_wanted = num_chains - len(sample[Kind.PARTLY_RESIDENT])
-    shortest = replay.workload.num_common + 1
+    shortest = num_common + 1
     long_enough = [chain for chain in sample[Kind.EVICTED] if len(chain.blocks) > shortest]
     return [
         chain.block_ids[: min(shortest + i % 4, len(chain.blocks) - 1)]

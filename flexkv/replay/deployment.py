@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _POLL_S = 0.01
+_LOG = "error,dynamo_runtime::storage::kv::file=off"  # a router that was closed goes on watching
 _REMEDY = "install it with: pip install 'flexkv[demo]'"
 
 
@@ -43,7 +44,7 @@ def dynamo_variables(nats_url: str, discovery_path: Path) -> dict[str, str]:
         "DYN_FILE_KV": str(discovery_path),
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-        "DYN_LOG": os.environ.get("DYN_LOG", "error"),
+        "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
     }
 
 

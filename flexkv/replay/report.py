@@ -67,6 +67,7 @@ class Report:
     common_blocks: int
     chains_wanted: int
     chains_checked: Mapping[str, int]
+    heads_served_again: int
     divergences: int
     differing_blocks: int
     seconds: float
@@ -134,6 +135,7 @@ def report_of(
         common_blocks=replay.workload.num_common,
         chains_wanted=num_chains,
         chains_checked={str(kind): n for kind, n in verdict.num_checked.items()},
+        heads_served_again=verdict.num_heads,
         divergences=sum(row.divergences for row in rows),
         differing_blocks=sum(row.differing_blocks for row in rows),
         seconds=round(seconds, 3),
@@ -165,6 +167,8 @@ def sentences_of(report: Report) -> list[str]:
     lines = [f"{report.checked_bytes} loaded bytes compared, {report.wrong_bytes} wrong"]
     num_resident = sum(row.resident for row in report.workers)
     lines.append(f"checked against the router: {kinds} chains; all {num_resident} resident blocks")
+    if report.heads_served_again:
+        lines.append(f"heads of evicted chains served again for it: {report.heads_served_again}")
     lines += [
         f"only {n} chains were {kind.replace('_', ' ')}: {report.chains_wanted} were wanted"
         for kind, n in checked.items()
