@@ -23,7 +23,9 @@ class TierFullError(FlexKVError):
     """Too few slots are free or evictable. Nothing changed; retry after a release."""
 
     def __init__(self, tier: str, *, needed: int, available: int) -> None:
-        super().__init__(f"{tier} tier is full: need {needed} slots, {available} are free or evictable")
+        super().__init__(
+            f"{tier} tier is full: need {needed} slots, {available} are free or evictable"
+        )
         self.tier = tier
         self.needed = needed
         self.available = available
