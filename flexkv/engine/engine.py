@@ -93,11 +93,14 @@ class Engine:
                 )
                 exits.callback(pool.close)
                 await asyncio.to_thread(pool.touch_all)
-                for sink in self._sinks:
-                    await sink.start(self._events)
-                    exits.push_async_callback(sink.close)
-            tasks = await exits.enter_async_context(asyncio.TaskGroup())
+            tasks = asyncio.TaskGroup()
+            await tasks.__aenter__()
+            # not told of other errors, which it would wrap
+            exits.push_async_callback(tasks.__aexit__, None, None, None)
             self._transfers = Transfers(settings, layout.block_nbytes, tasks)
+            for sink in self._sinks if self._config.enable_flexkv else ():
+                await sink.start(self._events, tasks)
+                exits.push_async_callback(sink.close)
             self._exits = exits.pop_all()
         self._open = True
         return self
@@ -119,7 +122,7 @@ class Engine:
             return
         for copier in self._transfers.copiers.values():
             await copier.close()
-        await self._exits.aclose()  # not told of `error`, which it would wrap
+        await self._exits.aclose()
 
     def attach(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from flexkv.blocks import Tier
-from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
+from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored, split
 from flexkv.hashing import tokens_hashes
 
 if TYPE_CHECKING:
@@ -176,18 +176,6 @@ class DynamoCodec:
         return self._encoder.encode(
             _Envelope(self._publisher_id, sequence, published_at_ms, TOPIC, payload)
         )
-
-
-def split(event: Event, limit: int) -> Iterator[Event]:
-    """``event`` as events of at most ``limit`` blocks, in an order that may be told."""
-    if isinstance(event, AllBlocksCleared) or len(event.blocks) <= limit:
-        yield event
-    elif isinstance(event, BlockStored):
-        for start in range(0, len(event.blocks), limit):
-            yield BlockStored(event.blocks[start : start + limit], event.tier)
-    else:  # the tail leaves first
-        for stop in range(len(event.blocks), 0, -limit):
-            yield BlockRemoved(event.blocks[max(0, stop - limit) : stop], event.tier)
 
 
 def _router_hash(key: BlockKey | None) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
+from flexkv.events.types import AllBlocksCleared, BlockStored, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +34,10 @@ class EventSource(Protocol):
         ...
 
     def dump(self) -> tuple[int, Iterator[BlockStored]]:
-        """The latest number, and what is resident as of it: all tiers, parents first."""
+        """The latest number, and what is resident as of it: all tiers, parents first.
+
+        It may be read in pieces: what changes meanwhile has a later number, and is idempotent.
+        """
         ...
 
 
@@ -63,7 +67,7 @@ class EventLog:
     def append(self, events: Iterable[Event]) -> None:
         """Number ``events`` in their order."""
         for event in events:
-            for piece in self._pieces(event):
+            for piece in split(event, self._max_event_blocks):
                 self.last_id += 1
                 self._entries.append(Entry(self.last_id, piece))
                 self._num_blocks += _weight(piece)
@@ -75,28 +79,13 @@ class EventLog:
         num_missed = self.last_id - event_id
         if num_missed > len(self._entries):
             return None
-        entries = self._entries
-        return [entries[i] for i in range(len(entries) - num_missed, len(entries))]
+        latest = list(islice(reversed(self._entries), num_missed))
+        latest.reverse()
+        return latest
 
     def dump(self) -> tuple[int, Iterator[BlockStored]]:
-        """The latest number, and what is resident as of it; to be read in one step."""
-        return self.last_id, (
-            BlockStored(piece.blocks, piece.tier)
-            for stored in self._walk()
-            for piece in self._pieces(stored)
-            if isinstance(piece, BlockStored)
-        )
-
-    def _pieces(self, event: Event) -> Iterator[Event]:
-        limit = self._max_event_blocks
-        if isinstance(event, AllBlocksCleared) or len(event.blocks) <= limit:
-            yield event
-        elif isinstance(event, BlockStored):
-            for start in range(0, len(event.blocks), limit):
-                yield BlockStored(event.blocks[start : start + limit], event.tier)
-        else:  # the tail leaves first
-            for stop in range(len(event.blocks), 0, -limit):
-                yield BlockRemoved(event.blocks[max(0, stop - limit) : stop], event.tier)
+        """The latest number, and what is resident: what changes while it is read has later ones."""
+        return self.last_id, self._walk()
 
 
 def _weight(event: Event) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from asyncio import TaskGroup
+
     from flexkv.events.log import EventSource
     from flexkv.events.types import Event
 
@@ -17,8 +19,8 @@ class EventSink(Protocol):
     queueing without bound.
     """
 
-    async def start(self, source: EventSource) -> None:
-        """Begin to carry what ``source`` has.
+    async def start(self, source: EventSource, tasks: TaskGroup) -> None:
+        """Begin to carry what ``source`` has; ``tasks`` owns what goes on after the return.
 
         Raises:
             FeedError: the sink can't work; the engine does not start.
@@ -42,7 +44,7 @@ class ListSink:
         self._source: EventSource | None = None
         self._last_id = 0
 
-    async def start(self, source: EventSource) -> None:
+    async def start(self, source: EventSource, _tasks: TaskGroup) -> None:
         """Begin with what is resident already."""
         self._source = source
         self._last_id, resident = source.dump()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,13 +103,12 @@ async def _serve(endpoint_path: str, tokens_per_block: int, model: Path) -> None
         runtime_config=card,
         self_host_metadata=False,
     )
-    serving = asyncio.ensure_future(endpoint.serve_endpoint(_no_answer, graceful_shutdown=False))
+    serving = endpoint.serve_endpoint(_no_answer, graceful_shutdown=False)
     print(json.dumps({"worker_id": endpoint.connection_id()}), flush=True)  # noqa: T201  # the protocol
-    closed = asyncio.ensure_future(_input_closed())
-    await asyncio.wait([serving, closed], return_when=asyncio.FIRST_COMPLETED)
+    await _input_closed()
     runtime.shutdown()
-    closed.cancel()
-    await asyncio.wait([serving, closed], timeout=2)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(serving, 2)
 
 
 def main() -> None:
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("tokens_per_block", type=int)
     parser.add_argument("model", type=Path, help="folder for the model's files")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     write_model(arguments.model)
     asyncio.run(_serve(arguments.endpoint, arguments.tokens_per_block, arguments.model))
 

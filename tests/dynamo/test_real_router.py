@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 async def feeding(shelf: Shelf, config: EventsConfig) -> AsyncIterator[NatsSink]:
     sink = NatsSink(config)
     shelf.sinks.append(sink)
-    await sink.start(shelf)
-    try:
-        yield sink
-    finally:
-        await sink.close()
+    async with asyncio.TaskGroup() as tasks:
+        await sink.start(shelf, tasks)
+        try:
+            yield sink
+        finally:
+            await sink.close()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -192,9 +193,9 @@ async def test_nats_down_at_start_is_an_error_within_the_deadline(tmp_path: Path
     async with NatsServer() as nats:
         await nats.stop()
         sink = NatsSink(settings(nats.url, tmp_path, 7, connect_timeout_s=0.5))
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
             with pytest.raises(FeedError, match=rf"{nats.url}.*start nats-server"):
-                await sink.start(Shelf())
+                await sink.start(Shelf(), tasks)
         assert not list((tmp_path / "v1" / "event_sources").iterdir())
         await sink.close()
 
@@ -220,8 +221,9 @@ async def test_a_discovery_folder_that_cannot_be_written_is_an_error_at_once(
     in_the_way = tmp_path / "file"  # a folder can't be made below a file, not even by root
     in_the_way.touch()
     sink = NatsSink(settings(nats_server.url, in_the_way, 7))
-    with pytest.raises(FeedError, match=rf"{in_the_way}.*DYN_FILE_KV"):
-        await sink.start(Shelf())
+    async with asyncio.TaskGroup() as tasks:
+        with pytest.raises(FeedError, match=rf"{in_the_way}.*DYN_FILE_KV"):
+            await sink.start(Shelf(), tasks)
     await sink.close()
 
 

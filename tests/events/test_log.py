@@ -69,7 +69,7 @@ def test_a_long_removed_event_is_entered_in_pieces_children_first() -> None:
     assert single_steps(events) == single_steps([removed])
 
 
-def test_a_dump_is_everything_resident_in_pieces_with_the_latest_number() -> None:
+def test_a_dump_is_everything_resident_with_the_latest_number() -> None:
     def walk() -> Iterator[BlockStored]:
         yield BlockStored(CHAIN, Tier.HOST)
 
@@ -77,7 +77,4 @@ def test_a_dump_is_everything_resident_in_pieces_with_the_latest_number() -> Non
     log.append([AllBlocksCleared()] * 7)
     last_id, resident = log.dump()
     assert last_id == 7
-    assert list(resident) == [
-        BlockStored(CHAIN[:3], Tier.HOST),
-        BlockStored(CHAIN[3:], Tier.HOST),
-    ]
+    assert list(resident) == [BlockStored(CHAIN, Tier.HOST)]
