@@ -46,8 +46,9 @@ bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --
 nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
 	@echo "passed: $(PART)$(if $(TRACE),,; the part trace needs TRACE=file.jsonl)"
 
-nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model
-	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py $(PYTEST_ARGS)
+nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model, 1,000 seeds of the engine
+	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py \
+	  tests/engine/test_engine_simulation.py $(PYTEST_ARGS)
 
 nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages (4 GB of disk for a while)
 	tests/install/check_install.sh vllm $(PYTHON)

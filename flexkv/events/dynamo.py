@@ -27,7 +27,7 @@ MAX_ID = 2**53 - 1
 _ENVELOPE_NBYTES = 128  # more than an envelope takes around its payload
 _EVENT_NBYTES = 192  # more than a router event takes around its blocks
 _BLOCK_NBYTES = 57  # of one stored block; a removed one takes 9
-_MESSAGE_WEIGHT = 1024  # what is encoded in one go: about half a millisecond
+_MESSAGE_WEIGHT = 768  # what is encoded in one go: about half a millisecond
 _EVENT_WEIGHT = 12  # an event costs as much as so many more blocks
 _TIERS = {
     Tier.GPU: "device",

@@ -307,7 +307,7 @@ class IndexMachine(RuleBasedStateMachine):
             return
         blocks = next(self.walk, None)
         if blocks is None:
-            alive = {b for b in self.must_see if b.attached and b.path in self.model.blocks}
+            alive = {b for b in self.must_see if self.model.blocks.get(b.path) is b}
             assert {key_of(b.path) for b in alive} <= self.seen
             self.walk = None
         else:
