@@ -33,7 +33,13 @@ class WorkerCard:
 
     async def exists(self) -> bool:
         """Whether the worker has registered."""
-        return await asyncio.to_thread(self.path.exists)
+        return await asyncio.to_thread(self._exists)
+
+    def _exists(self) -> bool:
+        try:
+            return self.path.exists()
+        except OSError:  # a folder that is out of reach for now holds no card for us
+            return False
 
 
 class FileRecord:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexkv.errors import FeedError
+from flexkv.errors import EngineClosedError, FeedError
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
 from flexkv.events.nats_link import NatsLink
@@ -93,7 +93,10 @@ class NatsSink:
         Raises:
             FeedError: the discovery folder can't be written to, or no server answers within
                 ``connect_timeout_s`` and ``nats_required`` is set. Nothing is left behind.
+            EngineClosedError: the sink was closed: make a new one.
         """
+        if self._closing:
+            raise EngineClosedError("the sink is closed: make a new NatsSink")
         self._source = source
         await self._record.write()
         try:
@@ -135,7 +138,7 @@ class NatsSink:
             await asyncio.wait([self._task], timeout=self._settings.close_timeout_s)
             self._giving_up = True  # nats-py may swallow the cancellation
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=self._settings.close_timeout_s)
         try:
             await self._record.remove()
         except FeedError as error:  # it is dead in 10 s without us
@@ -178,19 +181,23 @@ class NatsSink:
     async def _send_everything(self, *, clear: bool) -> bool:
         """What is resident. News of the time meanwhile come after it, and are idempotent."""
         assert self._source is not None
+        # without a clear, the removals among the news that wait must not be lost
+        before: list[Event] = [AllBlocksCleared()] if clear else list(self._outbox.drain())
         last_id, resident = self._source.dump()
         self._outbox.open(last_id)
-        cleared = [AllBlocksCleared()] if clear else []
-        return await self._send(chain(cleared, resident)) and await self._link.flush()
+        if not await self._send(chain(before, resident)):
+            return False
+        if not await self._link.flush():
+            self._give_up_news()
+            return False
+        return True
 
     async def _send(self, events: Iterable[Event]) -> bool:
         """Publish ``events`` in pieces that leave the loop free; False where the link is lost."""
         for batch in self._codec.batches(events, self._link.max_payload):
             message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
             if self._giving_up or not await self._link.publish(self._subject, message):
-                # Its ids are used up: a gap, which the router answers by forgetting.
-                self._drop_news()
-                self._plan("reconnect", self._settings.reconnect_resync_s)
+                self._give_up_news()  # its ids are used up: a gap makes the router forget
                 return False
             self._sent["events"] += len(batch.events)
             self._sent["blocks"] += batch.num_blocks
@@ -227,10 +234,13 @@ class NatsSink:
 
     def _on_connect(self, *, again: bool) -> None:
         if again:
-            self._drop_news()
-            self._plan("reconnect", self._settings.reconnect_resync_s)
+            self._give_up_news()
         else:
             self._plan_settled("start")
+
+    def _give_up_news(self) -> None:
+        self._drop_news()
+        self._plan("reconnect", self._settings.reconnect_resync_s)
 
     def _drop_news(self) -> None:
         """Take none either, up to the next resync: nobody would hear them."""

@@ -146,8 +146,8 @@ class NatsLink:
             await asyncio.sleep(_RECONNECT_WAIT_S)
         else:
             _log.warning("connected to NATS")
-            self._on_connect(again=self._was_connected)
             self._was_connected = True
+            self._on_connect(again=True)  # routers may come back later than we do
 
     def _options(self) -> dict[str, Any]:
         settings = self._settings
