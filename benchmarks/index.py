@@ -93,7 +93,7 @@ def main() -> None:
 
     index, _ = filled_index(num_blocks, SHORT, rng, evict_ratio=0.05)
     burst_s = timed(partial(store, index, random_chain(SHORT, rng)))
-    assert index.num_evicted == int(0.05 * index.num_slots)
+    assert index.num_evicted >= 0.05 * index.num_slots
     report.add("evict 5 % of that tier at once", 1e3 * burst_s, "ms")
     report.finish()
 

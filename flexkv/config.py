@@ -173,7 +173,7 @@ class TransfersConfig(Settings):
         "how long closing waits for running copies", default=10.0, gt=0, le=_MAX_S
     )
     touch_threads: int = setting(
-        "threads that touch the pool first; 0: one per core, up to 8", default=0, ge=0, le=256
+        "threads that touch the pool first; 0: one per core, up to 16", default=0, ge=0, le=256
     )
 
     def _conflicts(self) -> list[Problem]:

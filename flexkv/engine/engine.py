@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import operator
 import time
 from collections import Counter
+from enum import Enum
 from typing import TYPE_CHECKING, Self
 
 from flexkv.blocks import Tier
+from flexkv.engine.arguments import check_chain, checked_block_ids
 from flexkv.engine.index import TierIndex
 from flexkv.engine.planner import plan_load, plan_store
 from flexkv.engine.results import Loaded, Match, Stored
@@ -20,7 +21,8 @@ from flexkv.errors import EngineClosedError, InputError, LayoutError
 from flexkv.events.log import EventLog
 from flexkv.events.types import AllBlocksCleared, BlockStored
 from flexkv.tiers.gpu import make_copier
-from flexkv.tiers.host import HostPool
+from flexkv.tiers.host import HostPool, slot_stride
+from flexkv.tiers.memory import require_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,16 +41,24 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+class _Joined(Enum):
+    """What became of the copies that a store relied on."""
+
+    ARRIVED = "arrived"
+    FAILED = "failed"
+    LATE = "late"
+
+
 class Engine:
     """Keeps blocks of a paged KV cache in tiers below the GPU.
 
-    Use it as an asynchronous context manager, from one event loop. ``sinks`` carry its events;
-    None takes the one that ``config.events`` asks for. Every chain of blocks that is handed in
-    begins with its first block.
+    Use it as an asynchronous context manager, once, from one event loop. ``sinks`` carry its
+    events; None takes the one that ``config.events`` asks for. Every chain of blocks that is
+    handed in begins with its first block.
 
     Raises:
         LayoutError: ``config`` and ``layout`` differ in their tokens per block.
-        ConfigError: not even one block fits into the host tier (on entry: not enough memory).
+        ConfigError: not even one block fits into the host tier, or there is not enough memory.
         FeedError: on entry, a sink can't work.
     """
 
@@ -63,7 +73,9 @@ class Engine:
         self._config = config
         self._layout = layout
         self._block_nbytes = layout.block_nbytes * layout.num_ranks
-        num_slots = config.cache.num_host_slots(self._block_nbytes) if config.enable_flexkv else 0
+        nbytes = layout.num_ranks * slot_stride(layout.block_nbytes)
+        num_slots = config.cache.num_host_slots(nbytes) if config.enable_flexkv else 0
+        require_memory(num_slots * nbytes)
         self._host = TierIndex(Tier.HOST, num_slots, evict_ratio=config.cache.evict_ratio)
         events = config.events
         self._events = EventLog(
@@ -71,7 +83,7 @@ class Engine:
         )
         self._sinks = self._configured_sinks() if sinks is None else list(sinks)
         self._pool: HostPool | None = None
-        self._open = False
+        self._entered = self._open = False
         self._exits = contextlib.AsyncExitStack()
         self._transfers: Transfers
         self._copies: dict[Reservation, asyncio.Future[None]] = {}
@@ -80,6 +92,9 @@ class Engine:
         self._counts: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:
+        if self._entered:
+            raise EngineClosedError("an engine is used once: make a new one")
+        self._entered = True
         for note in self._config.notes:
             _log.warning("%s", note)
         settings, layout = self._config.transfers, self._layout
@@ -113,6 +128,18 @@ class Engine:
     ) -> None:
         """Let running copies end, deliver the last events, let go of the memory."""
         self._open = False
+        closing = asyncio.gather(self._close())  # a task, which this call alone owns
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():  # what runs below can't be abandoned half-way
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError as late:
+                cancelled = late
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
+
+    async def _close(self) -> None:
         timeout_s = self._config.transfers.close_timeout_s
         if num_running := await self._transfers.settle(timeout_s):
             # their memory stays as it is, and the task group stays open: nothing else is safe
@@ -120,9 +147,12 @@ class Engine:
             for sink in self._sinks:
                 await sink.close()
             return
-        for copier in self._transfers.copiers.values():
-            await copier.close()
-        await self._exits.aclose()
+        try:
+            for copier in self._transfers.copiers.values():
+                await copier.close()
+        finally:
+            await self._exits.aclose()
+            self._host.clear()
 
     def attach(
         self,
@@ -147,7 +177,7 @@ class Engine:
         self._attach_copier(copier, rank)
 
     def lookup(self, blocks: Blocks) -> Match:
-        """How much of ``blocks`` could be loaded now. Changes nothing but the counts."""
+        """How much of ``blocks`` could be loaded now. Each call counts as a request."""
         self._check_open()
         self._check_chain(blocks)
         num_blocks = self._host.match(blocks).num_blocks
@@ -193,13 +223,14 @@ class Engine:
 
         Copies what is absent, as far as it fits. On CUDA the copies follow the work that is on the
         caller's current stream now. When it is cancelled, it ends as soon as no copy uses the GPU
-        blocks, and none of its blocks is kept.
+        blocks, and keeps nothing of what it was copying.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
             EngineClosedError: the engine is not open.
         """
         block_ids = self._checked_ids(blocks, gpu_block_ids, first)
+        self._key_nbytes = blocks.key_nbytes
         marks = {rank: copier.mark() for rank, copier in self._transfers.copiers.items()}
         blocks = blocks.part(0, first + len(block_ids))
         num_clears = self._num_clears
@@ -210,13 +241,13 @@ class Engine:
             if plan.reservation is None:
                 break
             await self._copy_in(plan, block_ids, marks)
-            joined_arrived = await self._joined_arrived(plan.reservation)
+            joined = await self._joined(plan.reservation)
             num_stored += plan.reservation.num_stored
-            if joined_arrived:
-                num_there = plan.num_present + plan.reservation.num_stored
-                break
-            num_there = max(0, self._host.match(blocks).num_blocks - first)
-            if self._num_clears != num_clears or not self._open:
+            num_there = plan.num_present + plan.reservation.num_stored
+            is_cleared = self._num_clears != num_clears
+            if joined is not _Joined.ARRIVED or is_cleared:
+                num_there = max(0, self._host.match(blocks).num_blocks - first)
+            if joined is not _Joined.FAILED or is_cleared or not self._open:
                 break
         num_stored = min(num_stored, num_there)
         num_dropped = len(block_ids) - num_there
@@ -234,8 +265,14 @@ class Engine:
         return self._host.match(blocks).num_blocks
 
     def residency(self, tier: Tier) -> set[BlockKey]:
-        """The keys of all blocks that can be read from ``tier`` now."""
-        return self._host.residency() if tier is Tier.HOST else set()
+        """The keys of all blocks that can be read from ``tier`` now; in this version host only.
+
+        Raises:
+            InputError: there is no such tier.
+        """
+        if tier not in set(Tier):
+            raise InputError(f"tier is {tier!r}: give one of {', '.join(Tier)}")
+        return self._host.residency() if tier == Tier.HOST else set()
 
     async def clear(self) -> None:
         """Forget every block, those on their way included."""
@@ -285,16 +322,19 @@ class Engine:
                 block_ids[plan.num_present :][: len(reservation.slots)], reservation.slots, marks
             )
         finally:
-            self._emit(self._host.commit(reservation, num_full))
             del self._copies[reservation]
             copied.set_result(None)
+            self._emit(self._host.commit(reservation, num_full))
 
-    async def _joined_arrived(self, reservation: Reservation) -> bool:
-        """Wait for the copies that a store joined. True if they brought everything."""
+    async def _joined(self, reservation: Reservation) -> _Joined:
+        """Wait for the copies that a store joined, to see what became of them."""
         copies = [self._copies[other] for other in reservation.joined if other in self._copies]
         if copies:
-            await asyncio.wait(copies, timeout=self._config.transfers.deadline_s)
-        return all(other.num_stored == len(other.slots) for other in reservation.joined)
+            _, late = await asyncio.wait(copies, timeout=self._config.transfers.deadline_s)
+            if late:
+                return _Joined.LATE
+        arrived = all(other.num_stored == len(other.slots) for other in reservation.joined)
+        return _Joined.ARRIVED if arrived else _Joined.FAILED
 
     def _emit(self, events: Sequence[Event]) -> None:
         """Number and announce, in the step that made the events true."""
@@ -327,20 +367,7 @@ class Engine:
             raise EngineClosedError("the engine is not open: use it within `async with engine`")
 
     def _check_chain(self, blocks: Blocks) -> None:
-        if blocks.tokens_per_block != self._layout.tokens_per_block:
-            raise InputError(
-                f"the blocks have {blocks.tokens_per_block} tokens each, the engine's "
-                f"{self._layout.tokens_per_block}: pass tokens_per_block to blocks_of"
-            )
-        if blocks.parent is not None:
-            raise InputError("the blocks do not begin their chain: pass it from its first block")
-        if blocks.key_nbytes != self._key_nbytes:
-            if self._key_nbytes:
-                raise InputError(
-                    f"keys of {blocks.key_nbytes} bytes do not go with the {self._key_nbytes} of "
-                    "the blocks before: one engine keeps one kind of key"
-                )
-            self._key_nbytes = blocks.key_nbytes
+        check_chain(blocks, self._layout.tokens_per_block, self._key_nbytes)
 
     def _checked_ids(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int) -> list[int]:
         self._check_open()
@@ -351,17 +378,5 @@ class Engine:
                 f"{len(copiers)} of {self._layout.num_ranks} ranks have their caches: "
                 "call engine.attach first"
             )
-        block_ids = [operator.index(block_id) for block_id in gpu_block_ids]
-        if not 0 <= first <= len(blocks):
-            raise InputError(f"first is {first}, but there are {len(blocks)} blocks")
-        if len(block_ids) > len(blocks) - first:
-            raise InputError(
-                f"{len(block_ids)} GPU block ids for {len(blocks) - first} blocks (first={first})"
-            )
         num_gpu_blocks = min(copier.num_blocks for copier in copiers.values())
-        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < num_gpu_blocks:
-            wrong = next(i for i in block_ids if not 0 <= i < num_gpu_blocks)
-            raise InputError(f"GPU block id {wrong} is not in the cache of {num_gpu_blocks} blocks")
-        if len(set(block_ids)) != len(block_ids):
-            raise InputError("a GPU block id occurs twice: each block needs its own")
-        return block_ids
+        return checked_block_ids(gpu_block_ids, len(blocks), first, num_gpu_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,7 +48,7 @@ class TierIndex:
         self.num_resident = 0
         self.num_stored = 0  # ever
         self.num_evicted = 0  # ever
-        self._min_evicted = int(evict_ratio * num_slots)
+        self._min_evicted = math.ceil(round(evict_ratio * num_slots, 6))
         self._policy: EvictionPolicy = policy or LeastRecentlyUsed()
         self._free = array("i", range(num_slots))  # a stack
         self._num_used = 0  # blocks in the tree

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from flexkv.errors import TransferError
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from flexkv.config import TransfersConfig
     from flexkv.tiers.base import PagedCopier
@@ -28,31 +28,27 @@ class Lane:
 
     def __init__(self, max_bytes: int, deadline_s: float) -> None:
         self.nbytes_in_flight = 0
+        self._is_closed = False
         self._max_bytes = max_bytes
         self._deadline_s = deadline_s
         self._waiting: dict[asyncio.Future[None], int] = {}  # in order of arrival
 
-    @asynccontextmanager
-    async def room(self, nbytes: int) -> AsyncIterator[None]:
-        """Hold room for ``nbytes``.
-
-        Raises:
-            TransferError: there was none within the deadline.
-        """
-        await self._enter(nbytes)
-        try:
-            yield
-        finally:
-            self._leave(nbytes)
-
     def turn_away(self) -> None:
-        """Those who wait for room now get a TransferError."""
+        """Those who wait for room, and those who come, get a TransferError."""
+        self._is_closed = True
         for turn in self._waiting:
             if not turn.done():
                 turn.set_exception(TransferError("the engine is closing"))
         self._waiting.clear()
 
-    async def _enter(self, nbytes: int) -> None:
+    async def enter(self, nbytes: int) -> None:
+        """Take room for ``nbytes``, to be given back by ``leave``.
+
+        Raises:
+            TransferError: there was none within the deadline.
+        """
+        if self._is_closed:
+            raise TransferError("the engine is closing")
         if not self._waiting and self._fits(nbytes):
             self.nbytes_in_flight += nbytes
             return
@@ -63,7 +59,7 @@ class Lane:
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._leave(nbytes)  # it was our turn, just too late
+                self.leave(nbytes)  # it was our turn, just too late
             else:
                 self._waiting.pop(turn, None)
                 self._admit()  # whoever came after may fit
@@ -71,7 +67,8 @@ class Lane:
                 raise TransferError(f"waited {self._deadline_s} s for other copies") from None
             raise
 
-    def _leave(self, nbytes: int) -> None:
+    def leave(self, nbytes: int) -> None:
+        """Give room back."""
         self.nbytes_in_flight -= nbytes
         self._admit()
 
@@ -105,6 +102,9 @@ class Transfers:
         self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
         self._tasks = tasks
         self._running: set[asyncio.Task[bool]] = set()
+        self._num_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.copiers: dict[int, PagedCopier] = {}
 
     @property
@@ -148,14 +148,17 @@ class Transfers:
         )
 
     async def settle(self, timeout_s: float) -> int:
-        """Wait for copies, then for those that run by then. Returns how many still do."""
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout_s)
+        """Wait for loads and stores, then for the copies that run by then; how many still do."""
+        await self._until_idle(timeout_s)
         self._loads.turn_away()
         self._stores.turn_away()
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout_s)
+        await self._until_idle(timeout_s)
         return len(self._running)
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     def _chunks(self, num_blocks: int) -> list[slice]:
         step = self._num_chunk_blocks
@@ -164,30 +167,55 @@ class Transfers:
     async def _run(
         self, lane: Lane, chunks: list[list[Callable[[], Awaitable[None]]]], num_blocks: int
     ) -> int:
+        """Begin each chunk as there is room for it; no more after a failure."""
         tasks: list[list[asyncio.Task[bool]]] = []
-        for i, copies in enumerate(chunks):
-            size = min(self._num_chunk_blocks, num_blocks - i * self._num_chunk_blocks)
-            nbytes = size * self._block_nbytes
-            tasks.append([self._start(lane, nbytes, copy) for copy in copies])
-        await _ended([task for group in tasks for task in group])
+        self._num_calls += 1
+        self._idle.clear()
+        try:
+            for i, copies in enumerate(chunks):
+                if any(task.done() and not task.result() for group in tasks for task in group):
+                    break
+                size = min(self._num_chunk_blocks, num_blocks - i * self._num_chunk_blocks)
+                nbytes = size * self._block_nbytes * len(copies)
+                await lane.enter(nbytes)
+                tasks.append(self._begin(lane, nbytes, copies))
+        except TransferError as error:
+            _log.warning("a copy did not begin, its blocks count as missing: %s", error)
+        finally:
+            try:
+                await _ended([task for group in tasks for task in group])
+            finally:
+                self._num_calls -= 1
+                if not self._num_calls:
+                    self._idle.set()
         for i, group in enumerate(tasks):
-            if not all(not task.cancelled() and task.result() for task in group):
+            if not all(task.result() for task in group):
                 return i * self._num_chunk_blocks
-        return num_blocks
+        return min(len(tasks) * self._num_chunk_blocks, num_blocks)
 
-    def _start(
-        self, lane: Lane, nbytes: int, copy: Callable[[], Awaitable[None]]
-    ) -> asyncio.Task[bool]:
-        task = self._tasks.create_task(_outcome(lane, nbytes, copy))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
+    def _begin(
+        self, lane: Lane, nbytes: int, copies: list[Callable[[], Awaitable[None]]]
+    ) -> list[asyncio.Task[bool]]:
+        """One task for each rank; the last to end leaves the lane."""
+        group = [self._tasks.create_task(_outcome(copy)) for copy in copies]
+        left = len(group)
+
+        def on_end(task: asyncio.Task[bool]) -> None:
+            nonlocal left
+            left -= 1
+            self._running.discard(task)
+            if not left:
+                lane.leave(nbytes)
+
+        for task in group:
+            self._running.add(task)
+            task.add_done_callback(on_end)
+        return group
 
 
-async def _outcome(lane: Lane, nbytes: int, copy: Callable[[], Awaitable[None]]) -> bool:
+async def _outcome(copy: Callable[[], Awaitable[None]]) -> bool:
     try:
-        async with lane.room(nbytes):
-            await copy()
+        await copy()
     except TransferError as error:
         _log.warning("a copy failed, its blocks count as missing: %s", error)
         return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from flexkv.events.types import AllBlocksCleared
+
 if TYPE_CHECKING:
     from asyncio import TaskGroup
 
@@ -55,9 +57,12 @@ class ListSink:
         if self._source is None:
             return
         entries = self._source.since(self._last_id)
-        assert entries is not None, "woken after every change, so nothing can have fallen out"
-        self.events.extend(entry.event for entry in entries)
-        self._last_id = self._source.last_id
+        if entries is None:  # one change was larger than the log's ring
+            self._last_id, resident = self._source.dump()
+            self.events += [AllBlocksCleared(), *resident]
+        else:
+            self.events.extend(entry.event for entry in entries)
+            self._last_id = self._source.last_id
 
     async def close(self) -> None:
         """Keep the list, take no more."""

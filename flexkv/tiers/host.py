@@ -50,7 +50,7 @@ class HostPool:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
         self.num_slots = num_slots
         self.slot_nbytes = slot_nbytes
-        self.slot_stride = _rounded_up(slot_nbytes, _ALIGNMENT)
+        self.slot_stride = slot_stride(slot_nbytes)
         self.num_ranks = num_ranks
         # whole pages, so that each rank can touch and pin its region and nothing else
         self._region_nbytes = _rounded_up(num_slots * self.slot_stride, mmap.PAGESIZE)
@@ -189,6 +189,11 @@ def _parts(whole: torch.Tensor, nbytes: int) -> list[torch.Tensor]:
 def _check(name: str, value: int, limit: int) -> None:
     if not 0 <= value < limit:
         raise InputError(f"{name} {value} is not in the host pool, which has {limit}")
+
+
+def slot_stride(slot_nbytes: int) -> int:
+    """Bytes from one slot to the next."""
+    return _rounded_up(slot_nbytes, _ALIGNMENT)
 
 
 def _rounded_up(value: int, unit: int) -> int:

@@ -165,7 +165,7 @@ async def test_a_feed_that_falls_behind_tells_everything_again(
 async def test_after_a_restart_of_nats_the_router_believes_the_truth_again(tmp_path: Path) -> None:
     shelf = Shelf()
     chains = [chain(10) for _ in range(10)]
-    async with NatsServer() as nats, contextlib.AsyncExitStack() as stack:
+    async with NatsServer() as nats, contextlib.contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(
             FakeWorker(nats.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK)
         )
@@ -200,19 +200,41 @@ async def test_nats_down_at_start_is_an_error_within_the_deadline(tmp_path: Path
         await sink.close()
 
 
-async def test_nats_may_come_later_where_it_is_not_required(tmp_path: Path) -> None:
+async def test_a_router_hears_everything_where_nats_comes_later(tmp_path: Path) -> None:
     shelf = Shelf()
     blocks = chain(12)
     shelf.store(blocks)
-    async with NatsServer() as nats:
+    async with NatsServer() as nats, contextlib.AsyncExitStack() as stack:
+        worker = FakeWorker(nats.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK)
+        await stack.enter_async_context(worker)
+        router = Router(nats.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK)
+        await stack.enter_async_context(router)
+        await router.wait_for_workers([worker.worker_id])
         await nats.stop()
-        config = settings(nats.url, tmp_path, 7, connect_timeout_s=0.3, nats_required=False)
+        config = settings(
+            nats.url, tmp_path, worker.worker_id, connect_timeout_s=0.3, nats_required=False
+        )
         async with feeding(shelf, config) as sink:
             assert not sink.stats().connected
             await nats.start()
-            await until(lambda: sink.stats().connected)
-            await until(lambda: sink.stats().num_blocks >= len(blocks))
-            await until(lambda: sink.stats().resyncs.get("start"))
+            await until_it_believes(router, worker.worker_id, shelf, blocks)
+            await until(lambda: sink.stats().resyncs.get("reconnect"))
+
+
+async def test_a_settling_snapshot_loses_no_removal(
+    nats_server: NatsServer, worker: FakeWorker, router: Router, tmp_path: Path
+) -> None:
+    shelf = Shelf()
+    chains = [chain(3) for _ in range(60)]
+    for blocks in chains:
+        shelf.store(blocks)
+    async with feeding(shelf, settings(nats_server.url, tmp_path, worker.worker_id)) as sink:
+        await until_it_believes(router, worker.worker_id, shelf, *chains)
+        for blocks in chains:
+            shelf.trim(blocks, to=1)
+            sink._plan("settle")  # due before the removal is sent
+            await asyncio.sleep(0.002)
+        await until_it_believes(router, worker.worker_id, shelf, *chains)
 
 
 async def test_a_discovery_folder_that_cannot_be_written_is_an_error_at_once(

@@ -170,7 +170,12 @@ async def test_a_closed_engine_says_so() -> None:
     with pytest.raises(EngineClosedError, match="async with engine"):
         engine.lookup(BLOCKS)
     async with engine:
-        pass
+        engine.attach(caches())
+        await engine.store(BLOCKS, range(5))
+    assert engine.residency(Tier.HOST) == set()
+    with pytest.raises(EngineClosedError, match="used once"):
+        async with engine:
+            pytest.fail("its memory is gone")
     for call in (engine.store(BLOCKS, [1]), engine.load(BLOCKS, [1]), engine.clear()):
         with pytest.raises(EngineClosedError):
             await call
@@ -262,3 +267,36 @@ def test_an_engine_whose_feed_cannot_start_does_not_start(tmp_path: Path) -> Non
     with pytest.raises(FeedError, match=r"127\.0\.0\.1:1"):
         asyncio.run(scenario())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+async def test_what_is_no_argument_is_refused_by_name() -> None:
+    async with Engine(config(), LAYOUT, sinks=[]) as engine:
+        engine.attach(caches())
+        with pytest.raises(InputError, match="blocks is list: make it with blocks_of"):
+            engine.lookup([1, 2])  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="gpu_block_ids must be integers"):
+            await engine.load(BLOCKS, ["1"])  # type: ignore[list-item]
+        with pytest.raises(InputError, match="tier is 'disk': give one of gpu, host"):
+            engine.residency("disk")  # type: ignore[arg-type]
+
+
+async def test_a_byte_cap_holds_with_the_padding_of_slots() -> None:
+    cache = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, cpu_cache_bytes=5 * 4096 + 1000)
+    async with Engine(Config(cache=cache), LAYOUT, sinks=[]) as engine:
+        assert engine.stats().tiers[Tier.HOST].num_slots == 5
+
+
+def test_more_memory_than_there_is_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="num_cpu_blocks"):
+        Engine(config(num_slots=2**40), LAYOUT)
+
+
+async def test_a_sink_that_one_change_outran_begins_again() -> None:
+    sink = ListSink()
+    events = EventsConfig(ring=2)
+    async with Engine(config(events=events), LAYOUT, sinks=[sink]) as engine:
+        engine.attach(caches())
+        for tokens in ([1] * 4, [2] * 4, [3] * 4, [4] * 4, [5] * 4, [6] * 4, [7] * 4, [8] * 4):
+            await engine.store(blocks_of(tokens, TOKENS_PER_BLOCK), [0])
+        await engine.store(BLOCKS, range(5))
+        assert believed(sink.events) == engine.residency(Tier.HOST)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from flexkv import EngineClosedError, Tier
+from flexkv import EngineClosedError, ListSink, Stored, Tier
 from flexkv.events.types import BlockStored
 from tests.engine.chains import chain
 from tests.engine.fakes import slow_engine
@@ -242,3 +242,64 @@ def test_an_error_in_the_body_comes_out_as_it_is() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         run_virtual(scenario())
+
+
+def test_what_was_present_before_a_clear_in_mid_store_does_not_count() -> None:
+    async def scenario() -> None:
+        async with slow_engine() as (engine, _, _):
+            await engine.store(A, range(4))
+            store = asyncio.ensure_future(engine.store(A_LONGER, range(6)))
+            await asyncio.sleep(0.5)
+            await engine.clear()
+            stored = await store
+            assert (stored.num_stored, stored.num_present, stored.num_dropped) == (0, 0, 6)
+
+    run_virtual(scenario())
+
+
+def test_a_store_waits_once_for_a_copy_that_it_joined() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        async with slow_engine(seconds=100.0, deadline_s=5.0) as (engine, _, _):
+            first = asyncio.ensure_future(engine.store(A, range(4)))
+            await asyncio.sleep(0.1)
+            started = loop.time()
+            assert (await engine.store(A, range(10, 14))).num_dropped == 4
+            assert loop.time() - started == pytest.approx(5.0)
+            await first
+
+    run_virtual(scenario())
+
+
+def test_a_long_copy_does_not_miss_its_own_deadline() -> None:
+    async def scenario() -> None:
+        async with slow_engine(chunk_blocks=1, max_blocks_in_flight=1, deadline_s=3.0) as (
+            engine,
+            _,
+            _,
+        ):
+            assert (await engine.store(A_LONGER, range(6))).num_stored == 6
+
+    run_virtual(scenario())
+
+
+def test_a_cancelled_exit_still_closes_everything() -> None:
+    async def scenario() -> None:
+        sinks: list[ListSink] = []
+        stores: list[asyncio.Future[Stored]] = []
+
+        async def use() -> None:
+            async with slow_engine() as (engine, _, sink):
+                sinks.append(sink)
+                stores.append(asyncio.ensure_future(engine.store(A, range(4))))
+                await asyncio.sleep(0.1)
+
+        user = asyncio.ensure_future(use())
+        await asyncio.sleep(0.5)  # it closes, and waits for the copy
+        user.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await user
+        assert sinks[0]._source is None, "the sink is closed"
+        assert (await stores[0]).num_stored == 4
+
+    run_virtual(scenario())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from itertools import count
@@ -184,7 +185,7 @@ class IndexMachine(RuleBasedStateMachine):
         model.touch([*present, *new])
         victims: list[Path] = []
         if short > 0:
-            goal = min(max(short, int(self.evict_ratio * self.capacity)), evictable)
+            goal = min(max(short, math.ceil(round(self.evict_ratio * self.capacity, 6))), evictable)
             victims = model.evict(goal)
         assert single_steps(events) == [("removed", key_of(v)) for v in victims]
         in_use = {b.slot for b in (*model.blocks.values(), *model.held)}
