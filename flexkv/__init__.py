@@ -16,6 +16,7 @@ from flexkv.errors import (
     TierFullError,
     TransferError,
 )
+from flexkv.events.nats import NatsSink
 from flexkv.events.sinks import EventSink, ListSink
 from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from flexkv.hashing import blocks_of
@@ -43,6 +44,7 @@ __all__ = [
     "ListSink",
     "Loaded",
     "Match",
+    "NatsSink",
     "Stored",
     "Tier",
     "TierFullError",

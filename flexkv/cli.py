@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
@@ -151,6 +152,7 @@ def _run(workload: Workload, settings: Settings, *, as_json: bool) -> Report:
 
 def main() -> None:
     """Run the command. Exit 0: what was asked for holds; 1: it does not; 2: bad usage."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     errors: list[FlexKVError] = []
     try:
         app(prog_name="flexkv")

@@ -260,7 +260,8 @@ class EventsConfig(Settings):
     def _conflicts(self) -> list[Problem]:
         problems = []
         if self.sink == "nats" and self.worker_id is None:
-            problems.append(Problem(("sink",), 'is "nats": it needs a worker_id'))
+            need = "it needs a worker_id (or DYN_FPM_WORKER_ID)"
+            problems.append(Problem(("sink",), f'is "nats": {need}'))
         for pair in (("nats_user", "nats_password"), ("nats_tls_cert", "nats_tls_key")):
             given = [field for field in pair if getattr(self, field) is not None]
             if len(given) == 1:

@@ -165,7 +165,7 @@ async def test_a_feed_that_falls_behind_tells_everything_again(
 async def test_after_a_restart_of_nats_the_router_believes_the_truth_again(tmp_path: Path) -> None:
     shelf = Shelf()
     chains = [chain(10) for _ in range(10)]
-    async with NatsServer() as nats, contextlib.contextlib.AsyncExitStack() as stack:
+    async with NatsServer() as nats, contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(
             FakeWorker(nats.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK)
         )
