@@ -115,8 +115,8 @@ class NatsSink:
             self._wake.set()
 
     def resync(self) -> None:
-        """Tell everything again, for a router that has come late."""
-        self._plan("request")
+        """Tell everything again, and once more after SETTLE_S, for a router that has come late."""
+        self._plan_settled("request")
 
     def stats(self) -> NatsStats:
         """Counters since the start."""
