@@ -201,7 +201,7 @@ def test_the_check_of_paths_complains_of_one_machines_folders_only() -> None:
     for folder in folders:
         assert list(paths_of_one_machine(f"see /{folder}/notes.md"))
     assert list(paths_of_one_machine("see .." + "/shared/notes.md"))
-    fine = "tmp/work/x https://example.com/work/ /data/flexkv_ssd/ /proc/1/root/ workspace"
+    fine = "tmp/root/x https://example.com/root/ /data/flexkv_ssd/ /proc/1/root/ workspace"
     assert list(paths_of_one_machine(fine)) == []
 
 
