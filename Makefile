@@ -2,26 +2,28 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+E2E     := .venv-e2e
+E2E_031 := .venv-e2e-031
 
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
 TRACE       ?=
 REPLAY_ARGS ?= --workers 2 --requests 2000 --json
 
-# Benchmarks that need a GPU are named gpu_*, what they share _*.
-BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+# Benchmarks that need a GPU are named gpu_*, those that need vLLM vllm_*, what they share _*.
+BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/vllm_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
-PARTS := index install trace
+PARTS := index install vllm trace
 PART  ?= index install$(if $(TRACE), trace)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint bench nightly $(PARTS:%=nightly-%) clean
+.PHONY: help demo test lint e2e bench bench-vllm nightly $(PARTS:%=nightly-%) clean
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
 	@echo "nightly parts: $(PARTS)"
 
 demo: $(VENV)/.demo ## Two workers, a real router and a NATS server on this machine, in about a minute
@@ -36,12 +38,18 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+e2e: $(E2E)/.made $(E2E_031)/.made ## Real vLLM 0.32 and 0.31; what needs flexkv's connector skips until it is there (PYTEST_ARGS="-k tiny" for some)
+	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -n 2 --dist loadgroup -m "not nightly" tests/e2e $(PYTEST_ARGS)
+
 bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --json")
 	@failed=; for program in $(BENCHMARKS); do \
 		echo "+ $$program $(BENCH_ARGS)" >&2; \
 		$(BIN)/python $$program $(BENCH_ARGS) || failed="$$failed $$program"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "missed a target:$$failed" >&2; exit 1; fi
+
+bench-vllm: $(E2E)/.made ## What flexkv costs and saves in a real vLLM (BENCH_ARGS="--quick --json")
+	$(E2E)/bin/python benchmarks/vllm_overhead.py $(BENCH_ARGS)
 
 nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
 	@echo "passed: $(PART)$(if $(TRACE),,; the part trace needs TRACE=file.jsonl)"
@@ -54,12 +62,16 @@ nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages
 	tests/install/check_install.sh vllm $(PYTHON)
 	tests/install/check_install.sh dynamo $(PYTHON)
 
+nightly-vllm: $(E2E)/.made $(E2E_031)/.made ## vLLM's schedulers, 0.33's too, for long (0.5 GB to fetch)
+	tests/e2e/unpack_033.sh $(E2E) .venv-e2e-033
+	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -m nightly tests/e2e $(PYTEST_ARGS)
+
 nightly-trace: $(VENV)/.demo ## A trace in the Mooncake format, TRACE=file.jsonl, byte by byte
 	@test -n "$(TRACE)" || { echo "nightly-trace replays TRACE=file.jsonl: which one?" >&2; exit 2; }
 	$(BIN)/flexkv replay $(TRACE) $(REPLAY_ARGS)
 
 clean: ## Removes the virtual environment, caches and builds
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(E2E) $(E2E_031) .venv-e2e-033 build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: what is installed is renewed when pyproject.toml or constraints.txt changes, only then.
@@ -72,3 +84,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,lint]'
 	@touch $@ $(VENV)/.demo
+
+E2E_NEEDS := pyproject.toml tests/e2e/make_env.sh
+
+$(E2E)/.made: $(E2E_NEEDS) $(wildcard tests/install/vllm*.txt) tests/e2e/requirements-vllm.txt
+	tests/e2e/make_env.sh vllm $(E2E) $(PYTHON)
+	@touch $@
+
+$(E2E_031)/.made: $(E2E_NEEDS) $(wildcard tests/install/dynamo*.txt) tests/e2e/requirements-dynamo.txt
+	tests/e2e/make_env.sh dynamo $(E2E_031) $(PYTHON)
+	@touch $@
