@@ -7,46 +7,36 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from enum import Enum
 from typing import TYPE_CHECKING, Self
 
 from flexkv.blocks import Tier
 from flexkv.engine.arguments import check_chain, checked_block_ids
 from flexkv.engine.index import TierIndex
-from flexkv.engine.planner import plan_load, plan_store
 from flexkv.engine.results import Loaded, Match, Stored
-from flexkv.engine.stats import EngineStats, TierStats
+from flexkv.engine.shared_index import SharedIndex
+from flexkv.engine.stats import EngineStats
+from flexkv.engine.stores import Stores
 from flexkv.engine.transfers import Transfers
 from flexkv.errors import EngineClosedError, InputError, LayoutError
 from flexkv.events.log import EventLog
-from flexkv.events.types import AllBlocksCleared, BlockStored
 from flexkv.tiers.gpu import make_copier
 from flexkv.tiers.host import HostPool, slot_stride
 from flexkv.tiers.memory import require_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     import torch
 
     from flexkv.blocks import BlockKey, Blocks, KVLayout
     from flexkv.config import Config
-    from flexkv.engine.planner import StorePlan
-    from flexkv.engine.runs import Reservation
+    from flexkv.engine.runs import Lease
     from flexkv.events.sinks import EventSink
     from flexkv.events.types import Event
     from flexkv.tiers.base import PagedCopier
 
 _log = logging.getLogger(__name__)
-
-
-class _Joined(Enum):
-    """What became of the copies that a store relied on."""
-
-    ARRIVED = "arrived"
-    FAILED = "failed"
-    LATE = "late"
 
 
 class Engine:
@@ -76,18 +66,19 @@ class Engine:
         nbytes = layout.num_ranks * slot_stride(layout.block_nbytes)
         num_slots = config.cache.num_host_slots(nbytes) if config.enable_flexkv else 0
         require_memory(num_slots * nbytes)
-        self._host = TierIndex(Tier.HOST, num_slots, evict_ratio=config.cache.evict_ratio)
+        self._num_host_slots = num_slots
+        index = TierIndex(Tier.HOST, num_slots, evict_ratio=config.cache.evict_ratio)
+        self._host = SharedIndex(index, self._emit)
         events = config.events
         self._events = EventLog(
-            ring=events.ring, max_event_blocks=events.max_event_blocks, walk=self._walk
+            ring=events.ring, max_event_blocks=events.max_event_blocks, walk=self._host.walk
         )
         self._sinks = self._configured_sinks() if sinks is None else list(sinks)
         self._pool: HostPool | None = None
         self._entered = self._open = False
         self._exits = contextlib.AsyncExitStack()
         self._transfers: Transfers
-        self._copies: dict[Reservation, asyncio.Future[None]] = {}
-        self._num_clears = 0
+        self._stores: Stores
         self._key_nbytes = 0
         self._counts: Counter[str] = Counter()
 
@@ -101,7 +92,7 @@ class Engine:
         async with contextlib.AsyncExitStack() as exits:
             if self._config.enable_flexkv:
                 self._pool = pool = HostPool(
-                    self._host.num_slots,
+                    self._num_host_slots,
                     layout.block_nbytes,
                     layout.num_ranks,
                     settings.touch_threads,
@@ -113,6 +104,7 @@ class Engine:
             # not told of other errors, which it would wrap
             exits.push_async_callback(tasks.__aexit__, None, None, None)
             self._transfers = Transfers(settings, layout.block_nbytes, tasks)
+            self._stores = Stores(self._host, self._transfers, settings.deadline_s)
             for sink in self._sinks if self._config.enable_flexkv else ():
                 await sink.start(self._events, tasks)
                 exits.push_async_callback(sink.close)
@@ -128,6 +120,7 @@ class Engine:
     ) -> None:
         """Let running copies end, deliver the last events, let go of the memory."""
         self._open = False
+        self._stores.close()
         closing = asyncio.gather(self._close())  # a task, which this call alone owns
         cancelled: asyncio.CancelledError | None = None
         while not closing.done():  # what runs below can't be abandoned half-way
@@ -152,7 +145,7 @@ class Engine:
                 await copier.close()
         finally:
             await self._exits.aclose()
-            self._host.clear()
+            self._host.forget()
 
     def attach(
         self,
@@ -174,7 +167,23 @@ class Engine:
         self._check_open()
         layout = self._layout
         copier = make_copier(kv_caches, layout.tokens_per_block, layout.block_nbytes, block_axis)
-        self._attach_copier(copier, rank)
+        self.attach_copier(copier, rank)
+
+    def attach_copier(self, copier: PagedCopier, rank: int) -> None:
+        """Load and store through ``copier``, which belongs to the engine from now on.
+
+        Raises:
+            InputError: there is no such rank, or it has its caches already.
+            EngineClosedError: the engine is not open.
+        """
+        self._check_open()
+        if not 0 <= rank < self._layout.num_ranks:
+            raise InputError(f"rank {rank} is not one of the layout's {self._layout.num_ranks}")
+        if rank in self._transfers.copiers:
+            raise InputError(f"rank {rank} has its caches already")
+        if self._pool is not None:
+            copier.attach_pool(self._pool, rank)
+        self._transfers.copiers[rank] = copier
 
     def lookup(self, blocks: Blocks) -> Match:
         """How much of ``blocks`` could be loaded now. Each call counts as a request."""
@@ -190,11 +199,20 @@ class Engine:
             _log.info("%s", self.stats().line())
         return Match(num_blocks, {Tier.HOST: num_blocks})
 
-    async def load(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int = 0) -> Loaded:
+    async def load(
+        self,
+        blocks: Blocks,
+        gpu_block_ids: Sequence[int],
+        first: int = 0,
+        *,
+        after: object = None,
+    ) -> Loaded:
         """Copy blocks into the paged caches: ``blocks[first + i]`` to ``gpu_block_ids[i]``.
 
-        Loads as far as the resident prefix of ``blocks`` reaches. When it returns, every stream
-        sees the bytes. When it is cancelled, it ends as soon as no copy uses the GPU blocks.
+        Loads as far as the resident prefix of ``blocks`` reaches. On CUDA the copies follow the
+        work that is on the caller's current stream now; ``after`` replaces it by another mark of
+        the copiers' kind. When it returns, every stream sees the bytes. When it is cancelled, it
+        ends as soon as no copy uses the GPU blocks.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
@@ -202,9 +220,10 @@ class Engine:
         """
         started_s = time.perf_counter()
         block_ids = self._checked_ids(blocks, gpu_block_ids, first)
-        plan = plan_load(self._host, blocks.part(0, first + len(block_ids)), first)
+        marks = self._marks() if after is None else dict.fromkeys(self._transfers.copiers, after)
+        plan = self._host.plan_load(blocks.part(0, first + len(block_ids)), first)
         try:
-            num_blocks = await self._transfers.load(plan.slots, block_ids)
+            num_blocks = await self._transfers.load(plan.slots, block_ids, marks)
         finally:
             self._host.release(plan.lease)
         nbytes = num_blocks * self._block_nbytes
@@ -218,12 +237,20 @@ class Engine:
             time.perf_counter() - started_s,
         )
 
-    async def store(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int = 0) -> Stored:
+    async def store(
+        self,
+        blocks: Blocks,
+        gpu_block_ids: Sequence[int],
+        first: int = 0,
+        *,
+        keep: Callable[[], bool] | None = None,
+    ) -> Stored:
         """Copy blocks from the paged caches: ``blocks[first + i]`` from ``gpu_block_ids[i]``.
 
         Copies what is absent, as far as it fits. On CUDA the copies follow the work that is on the
         caller's current stream now. When it is cancelled, it ends as soon as no copy uses the GPU
-        blocks, and keeps nothing of what it was copying.
+        blocks, and keeps nothing of what it was copying. ``keep`` is asked when the copies have
+        ended: where it says no, their source was overwritten meanwhile, and nothing is kept.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
@@ -231,28 +258,25 @@ class Engine:
         """
         block_ids = self._checked_ids(blocks, gpu_block_ids, first)
         self._key_nbytes = blocks.key_nbytes
-        marks = {rank: copier.mark() for rank, copier in self._transfers.copiers.items()}
         blocks = blocks.part(0, first + len(block_ids))
-        num_clears = self._num_clears
-        num_stored = num_there = 0
-        for _ in range(2):  # a store that this one joined may fail: then once from our own blocks
-            plan = plan_store(self._host, blocks, first)
-            self._emit(plan.removed)
-            if plan.reservation is None:
-                break
-            await self._copy_in(plan, block_ids, marks)
-            joined = await self._joined(plan.reservation)
-            num_stored += plan.reservation.num_stored
-            num_there = plan.num_present + plan.reservation.num_stored
-            is_cleared = self._num_clears != num_clears
-            if joined is not _Joined.ARRIVED or is_cleared:
-                num_there = max(0, self._host.match(blocks).num_blocks - first)
-            if joined is not _Joined.FAILED or is_cleared or not self._open:
-                break
-        num_stored = min(num_stored, num_there)
-        num_dropped = len(block_ids) - num_there
-        self._counts["store_dropped"] += num_dropped
-        return Stored(num_stored, num_there - num_stored, num_dropped)
+        stored = await self._stores.store(blocks, block_ids, first, self._marks(), keep)
+        self._counts["store_dropped"] += stored.num_dropped
+        return stored
+
+    def lease(self, blocks: Blocks) -> Lease:
+        """Keep the resident prefix of ``blocks`` from eviction until ``release``.
+
+        This, ``release`` and ``touch`` may be called from any thread.
+        """
+        return self._host.lease(blocks)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease; once more does nothing."""
+        self._host.release(lease)
+
+    def touch(self, blocks: Blocks) -> None:
+        """What is resident of ``blocks`` was used just now."""
+        self._host.touch(blocks)
 
     async def prefetch(self, blocks: Blocks) -> int:
         """Bring blocks up into the host tier. Returns how much of the prefix is there.
@@ -277,22 +301,14 @@ class Engine:
     async def clear(self) -> None:
         """Forget every block, those on their way included."""
         self._check_open()
-        self._num_clears += 1
+        self._stores.note_clear()
         self._host.clear()
-        self._emit([AllBlocksCleared()])
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        host, counts = self._host, self._counts
-        tier = TierStats(
-            num_slots=host.num_slots,
-            num_resident=host.num_resident,
-            num_free=host.num_free,
-            num_stored=host.num_stored,
-            num_evicted=host.num_evicted,
-        )
+        host, counts = self._host.stats(), self._counts
         return EngineStats(
-            tiers={Tier.HOST: tier},
+            tiers={Tier.HOST: host},
             num_requests=counts["requests"],
             num_requested=counts["requested"],
             num_hit=counts["hit"],
@@ -306,45 +322,12 @@ class Engine:
             last_event_id=self._events.last_id,
         )
 
-    async def _copy_in(
-        self, plan: StorePlan, block_ids: list[int], marks: Mapping[int, object]
-    ) -> None:
-        """Fill the reserved slots; commit the leading ones that are full."""
-        reservation = plan.reservation
-        assert reservation is not None
-        if not len(reservation.slots):
-            return
-        copied = asyncio.get_running_loop().create_future()
-        self._copies[reservation] = copied
-        num_full = 0
-        try:
-            num_full = await self._transfers.store(
-                block_ids[plan.num_present :][: len(reservation.slots)], reservation.slots, marks
-            )
-        finally:
-            del self._copies[reservation]
-            copied.set_result(None)
-            self._emit(self._host.commit(reservation, num_full))
-
-    async def _joined(self, reservation: Reservation) -> _Joined:
-        """Wait for the copies that a store joined, to see what became of them."""
-        copies = [self._copies[other] for other in reservation.joined if other in self._copies]
-        if copies:
-            _, late = await asyncio.wait(copies, timeout=self._config.transfers.deadline_s)
-            if late:
-                return _Joined.LATE
-        arrived = all(other.num_stored == len(other.slots) for other in reservation.joined)
-        return _Joined.ARRIVED if arrived else _Joined.FAILED
-
     def _emit(self, events: Sequence[Event]) -> None:
         """Number and announce, in the step that made the events true."""
         if events:
             self._events.append(events)
             for sink in self._sinks:
                 sink.wake()
-
-    def _walk(self) -> Iterator[BlockStored]:
-        return (BlockStored(blocks, Tier.HOST) for blocks in self._host.walk())
 
     def _configured_sinks(self) -> list[EventSink]:
         if self._config.events.effective_sink() == "none":
@@ -353,14 +336,8 @@ class Engine:
 
         return [NatsSink(self._config.events)]
 
-    def _attach_copier(self, copier: PagedCopier, rank: int) -> None:
-        if not 0 <= rank < self._layout.num_ranks:
-            raise InputError(f"rank {rank} is not one of the layout's {self._layout.num_ranks}")
-        if rank in self._transfers.copiers:
-            raise InputError(f"rank {rank} has its caches already")
-        if self._pool is not None:
-            copier.attach_pool(self._pool, rank)
-        self._transfers.copiers[rank] = copier
+    def _marks(self) -> dict[int, object]:
+        return {rank: copier.mark() for rank, copier in self._transfers.copiers.items()}
 
     def _check_open(self) -> None:
         if not self._open:

@@ -115,13 +115,21 @@ class Transfers:
             "store": self._stores.nbytes_in_flight,
         }
 
-    async def load(self, slots: array[int], block_ids: Sequence[int]) -> int:
-        """Copy ``slots`` into GPU blocks. Returns how many leading blocks arrived, on all ranks."""
-        copiers = self.copiers.values()
+    async def load(
+        self, slots: array[int], block_ids: Sequence[int], marks: Mapping[int, object]
+    ) -> int:
+        """Copy ``slots`` into GPU blocks. Returns how many leading blocks arrived, on all ranks.
+
+        ``marks``: of each rank, the work on its cache that the copy has to follow.
+        """
+        copiers = self.copiers.items()
         return await self._run(
             self._loads,
             [
-                [partial(copier.scatter, slots[part], block_ids[part]) for copier in copiers]
+                [
+                    partial(copier.scatter, slots[part], block_ids[part], marks[rank])
+                    for rank, copier in copiers
+                ]
                 for part in self._chunks(len(slots))
             ],
             len(slots),

@@ -47,9 +47,11 @@ _log = logging.getLogger(__name__)
 class LinkClient:
     """One rank's worker of engine ``engine_id``, which listens at ``endpoint``, or will.
 
-    ``copier`` copies on its behalf; each store is told to follow ``mark()``, by default the
+    ``copier`` copies on its behalf; each copy is told to follow ``mark()``, by default the
     copier's own. ``notes`` gets what the engine tells the model thread, on this loop: it must not
     wait. An engine that says nothing for ``silence_s`` is lost; ``heartbeat_s`` is as the engine's.
+    A load that has to wait for a step fails if ``reached`` does not tell of it within
+    ``step_deadline_s``.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class LinkClient:
         heartbeat_s: float = 1.0,
         silence_s: float = 10.0,
         mark: Callable[[], object] | None = None,
+        step_deadline_s: float = 30.0,
     ) -> None:
         self.num_dropped = 0  # messages that made no sense
         self.is_linked = False
@@ -89,6 +92,9 @@ class LinkClient:
         self._deadline_s = deadline_s
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
+        self._step_deadline_s = step_deadline_s
+        self._step = 0
+        self._stepped = asyncio.Event()
         self._welcome: Welcome | None = None
         self._engine: Process | None = None
         self._pool: HostPool | None = None
@@ -124,6 +130,12 @@ class LinkClient:
             context.destroy(linger=LINGER_MS if self._hears_us else 0)
         if failure := self._end.result():
             raise failure
+
+    def reached(self, step: int) -> None:
+        """The model thread has begun ``step``; to be called on this loop."""
+        self._step = max(self._step, step)
+        self._stepped.set()
+        self._stepped = asyncio.Event()
 
     def _leave(self) -> None:
         self.is_linked = False
@@ -245,14 +257,22 @@ class LinkClient:
 
     async def _copy(self, copy: Copy) -> None:
         block_ids, slots = unpack_ids(copy.block_ids), unpack_slots(copy.slots)
-        mark = None if copy.is_load else self._mark()
+        mark = self._mark()
         await self._attached.wait()  # ends with the link at the latest
         error = None
         try:
             if copy.is_load:
-                await self._copier.scatter(slots, block_ids)
+                await self._step_begun(copy.after_step)
+                await self._copier.scatter(slots, block_ids, self._mark())
             else:
                 await self._copier.gather(block_ids, slots, mark)
+        except TimeoutError:
+            error = f"the model did not begin step {copy.after_step} in {self._step_deadline_s} s"
         except FlexKVError as failure:
             error = reason_of(failure)
         self._send(CopyDone(copy.copy_id, error))
+
+    async def _step_begun(self, step: int) -> None:
+        async with asyncio.timeout(self._step_deadline_s):
+            while self._step < step:
+                await self._stepped.wait()

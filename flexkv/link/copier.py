@@ -111,15 +111,24 @@ class LinkCopier:
         """
         await self._copy_all(block_ids, slots, is_load=False)
 
-    async def scatter(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+    async def scatter(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: object = None
+    ) -> None:
         """Copy slots into blocks of the rank's cache.
+
+        ``after``: the number of a step that the worker's model thread has to have begun by then.
 
         Raises:
             InputError: ids out of range, or not as many as slots. Nothing was copied.
             TransferError: the copy failed or the rank is lost; the blocks' bytes are undefined.
             EngineClosedError: closed. Nothing was copied.
         """
-        await self._copy_all(block_ids, slots, is_load=True)
+        after_step = after if isinstance(after, int) else 0
+        await self._copy_all(block_ids, slots, is_load=True, after_step=after_step)
+
+    def abandon(self) -> None:
+        """As ``close``; the copies are the worker's."""
+        self._closed = True
 
     async def close(self) -> None:
         """Ask for no more copies; nothing may be copying."""
@@ -143,7 +152,7 @@ class LinkCopier:
             copy.set_result(TransferError(f"a copy was lost: {self.loss}"))
 
     async def _copy_all(
-        self, block_ids: Sequence[int], slots: Sequence[int], *, is_load: bool
+        self, block_ids: Sequence[int], slots: Sequence[int], *, is_load: bool, after_step: int = 0
     ) -> None:
         if len(block_ids) != len(slots):
             raise InputError(f"{len(block_ids)} block ids do not go with {len(slots)} slots")
@@ -153,9 +162,16 @@ class LinkCopier:
         for at in range(0, len(block_ids), MAX_COPY_BLOCKS):
             end = at + MAX_COPY_BLOCKS
             async with self._load_places if is_load else self._store_places:
-                await self._copy(ids[4 * at : 4 * end], places[8 * at : 8 * end], is_load=is_load)
+                await self._copy(
+                    ids[4 * at : 4 * end],
+                    places[8 * at : 8 * end],
+                    is_load=is_load,
+                    after_step=after_step,
+                )
 
-    async def _copy(self, block_ids: bytes, slots: bytes, *, is_load: bool) -> None:
+    async def _copy(
+        self, block_ids: bytes, slots: bytes, *, is_load: bool, after_step: int
+    ) -> None:
         if self._closed:
             raise EngineClosedError("the copier is closed")
         if self.loss is not None:
@@ -165,7 +181,14 @@ class LinkCopier:
         copy_id = next(self._ids)
         ended: asyncio.Future[TransferError | None] = asyncio.get_running_loop().create_future()
         self._running[copy_id] = ended
-        self._send(self, Copy(copy_id=copy_id, is_load=is_load, block_ids=block_ids, slots=slots))
+        copy = Copy(
+            copy_id=copy_id,
+            is_load=is_load,
+            block_ids=block_ids,
+            slots=slots,
+            after_step=after_step,
+        )
+        self._send(self, copy)
         await until_done(ended)
         if failure := ended.result():
             raise failure

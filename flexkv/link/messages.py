@@ -86,12 +86,16 @@ class Refused(Struct, frozen=True, tag=True):
 
 
 class Copy(Struct, frozen=True, tag=True, kw_only=True):
-    """Engine: copy ``slots`` (int64) into ``block_ids`` (int32), or the other way round."""
+    """Engine: copy ``slots`` (int64) into ``block_ids`` (int32), or the other way round.
+
+    Not before the worker's model thread has begun step ``after_step``.
+    """
 
     copy_id: _Number
     is_load: bool
     block_ids: _Ids
     slots: _Slots
+    after_step: _Number = 0
 
     def __post_init__(self) -> None:
         if len(self.block_ids) % 4 or len(self.slots) != 2 * len(self.block_ids):

@@ -28,7 +28,7 @@ class PagedCopier(Protocol):
         ...
 
     def mark(self) -> object:
-        """A point in the order of the caller's work on the cache, to hand to ``gather``.
+        """A point in the order of the caller's work on the cache, to hand to a copy.
 
         On CUDA an event on the current stream; on CPU nothing, since the work is done already.
         """
@@ -42,11 +42,22 @@ class PagedCopier(Protocol):
         """
         ...
 
-    async def scatter(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Copy slots into blocks of the paged cache. On return every stream sees the bytes.
+    async def scatter(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: object = None
+    ) -> None:
+        """Copy slots into blocks of the paged cache, after the work marked by ``after``.
+
+        On return every stream sees the bytes.
 
         Raises:
             TransferError: the blocks' bytes are undefined.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """Begin no copy any more, and return when none runs: for when the loop has died.
+
+        Any thread may call it; it waits for a copy that runs, which takes milliseconds.
         """
         ...
 

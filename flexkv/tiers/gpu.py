@@ -132,7 +132,12 @@ class CpuPagedCopier:
         """
         await self._run(block_ids, slots, is_store=True)
 
-    async def scatter(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+    async def scatter(
+        self,
+        slots: Sequence[int],
+        block_ids: Sequence[int],
+        after: object = None,  # noqa: ARG002  # as in gather
+    ) -> None:
         """Copy slots into blocks of the cache; overtakes every ``gather`` that is under way.
 
         Raises:
@@ -141,6 +146,12 @@ class CpuPagedCopier:
             EngineClosedError: the copier is closed; nothing was copied.
         """
         await self._run(block_ids, slots, is_store=False)
+
+    def abandon(self) -> None:
+        """Begin no copy any more, and return when none runs: for when the loop has died."""
+        self._turn_away("the copier was abandoned")
+        if self._thread is not None:
+            self._thread.join()
 
     async def close(self) -> None:
         """End the thread and let go of the cache and the pool; nothing may be copying."""
@@ -239,13 +250,18 @@ class CpuPagedCopier:
                 while (copy := self._next()) is not None:
                     self._perform(copy)
         finally:  # after a bug too, nobody may wait for ever
-            with self._changed:
-                self._closing = True
-                left = [*self._loads, *self._stores]
-                self._loads.clear()
-                self._stores.clear()
-            for copy in left:
-                self._report(copy, TransferError("the copy thread has ended"))
+            self._turn_away("the copy thread has ended")
+
+    def _turn_away(self, reason: str) -> None:
+        """Whatever waits has failed, and nothing comes any more."""
+        with self._changed:
+            self._closing = True
+            left = [*self._loads, *self._stores]
+            self._loads.clear()
+            self._stores.clear()
+            self._changed.notify()
+        for copy in left:
+            self._report(copy, TransferError(reason))
 
     def _next(self) -> _Copy | None:
         """Wait for a copy; None when the copier is closed and there are no more."""

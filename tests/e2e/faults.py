@@ -72,7 +72,7 @@ def _faulty(scatter: Any, faults: dict[str, Any], end_thread: Callable[[], None]
         with log.open("a") as file:
             file.write(what + "\n")
 
-    async def faulty(self: Any, slots: Any, block_ids: Any) -> None:
+    async def faulty(self: Any, slots: Any, block_ids: Any, after: Any = None) -> None:
         number = next(numbers)
         if delay_s := faults.get("delay_s"):
             note("delayed")
@@ -86,7 +86,7 @@ def _faulty(scatter: Any, faults: dict[str, Any], end_thread: Callable[[], None]
         if faults.get("garbage") and len(slots) > 1:
             note("garbage")
             slots = [*slots[1:], slots[0]]
-        await scatter(self, slots, block_ids)
+        await scatter(self, slots, block_ids, after)
 
     return faulty
 

@@ -73,7 +73,10 @@ class SlowCopier:
         finally:
             self._writers.subtract(slots)
 
-    async def scatter(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+    async def scatter(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: object = None
+    ) -> None:
+        assert after is None
         assert not any(self._writers[s] for s in slots), "slot is being written"
         self.cache[list(block_ids)] = 0xDD
         self._readers.update(slots)
@@ -136,5 +139,5 @@ async def slow_engine(
     sink = ListSink()
     async with Engine(config, layout, sinks=[sink]) as engine:
         copier = SlowCopier(seconds=seconds)
-        engine._attach_copier(copier, 0)
+        engine.attach_copier(copier, 0)
         yield engine, copier, sink

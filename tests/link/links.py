@@ -64,8 +64,10 @@ class HeldCopier:
         for block_id, slot in zip(block_ids, slots, strict=True):
             self.region()[slot] = block_id
 
-    async def scatter(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        await self._copy("scatter", block_ids, slots, None)
+    async def scatter(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: object = None
+    ) -> None:
+        await self._copy("scatter", block_ids, slots, after)
 
     async def close(self) -> None:
         assert not self.num_running
@@ -137,10 +139,13 @@ class Linked:
     copiers: list[HeldCopier]
     notes: list[tuple[int, Note]]
     runs: list[asyncio.Task[None]]
+    clients: list[LinkClient]
 
 
 @asynccontextmanager
-async def linked(endpoint: str, num_ranks: int = 1, **settings: Any) -> AsyncIterator[Linked]:
+async def linked(
+    endpoint: str, num_ranks: int = 1, *, step_deadline_s: float = LIMIT_S, **settings: Any
+) -> AsyncIterator[Linked]:
     """Workers first, as in vLLM. ``settings`` are the server's."""
     copiers = [HeldCopier() for _ in range(num_ranks)]
     notes: list[tuple[int, Note]] = []
@@ -150,6 +155,7 @@ async def linked(endpoint: str, num_ranks: int = 1, **settings: Any) -> AsyncIte
             copier,
             rank=rank,
             num_ranks=num_ranks,
+            step_deadline_s=step_deadline_s,
             notes=lambda note, rank=rank: notes.append((rank, note)),
         )
         for rank, copier in enumerate(copiers)
@@ -167,7 +173,7 @@ async def linked(endpoint: str, num_ranks: int = 1, **settings: Any) -> AsyncIte
                         await copier.scatter([1], [1])  # ends when its worker knows the pool
                     for held in copiers:
                         held.begun.clear()
-                    yield Linked(server, with_pool, copiers, notes, runs)
+                    yield Linked(server, with_pool, copiers, notes, runs, clients)
                 finally:
                     for held in copiers:
                         held.is_held = False

@@ -118,9 +118,9 @@ async def test_a_long_copy_is_cut_to_fit_into_messages(
     async with linked(endpoint) as link:
         await link.server.copiers[0].scatter([5, 4, 3, 2, 1], [1, 2, 3, 4, 5])
         assert link.copiers[0].begun == [
-            ("scatter", [1, 2], [5, 4], None),
-            ("scatter", [3, 4], [3, 2], None),
-            ("scatter", [5], [1], None),
+            ("scatter", [1, 2], [5, 4], "marked"),
+            ("scatter", [3, 4], [3, 2], "marked"),
+            ("scatter", [5], [1], "marked"),
         ]
 
 
@@ -422,3 +422,23 @@ async def let_in(server: LinkServer) -> HostPool:
 
 def test_the_hello_that_tests_send_is_one(endpoint: str) -> None:
     assert isinstance(decode(encode(HELLO), endpoint), Hello)
+
+
+async def test_a_load_waits_for_the_step_that_frees_its_blocks(endpoint: str) -> None:
+    async with linked(endpoint) as link:
+        worker, copier = link.copiers[0], link.server.copiers[0]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(copier.scatter([1], [1], 2))
+            await copier.scatter([2], [2])
+            link.clients[0].reached(1)
+            await copier.scatter([3], [3], 1)
+            assert [slots for _, _, slots, _ in worker.begun] == [[2], [3]]
+            link.clients[0].reached(2)
+        assert [slots for _, _, slots, _ in worker.begun] == [[2], [3], [1]]
+
+
+async def test_a_load_whose_step_never_begins_fails(endpoint: str) -> None:
+    async with linked(endpoint, step_deadline_s=0.01) as link:
+        with pytest.raises(TransferError, match=r"did not begin step 7 in 0\.01 s"):
+            await link.server.copiers[0].scatter([1], [1], 7)
+        assert link.copiers[0].begun == []

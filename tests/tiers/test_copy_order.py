@@ -193,3 +193,23 @@ async def test_more_calls_than_places_all_end() -> None:
         assert bytes(pool.slot(1, i)) == bytes_of_block(copier._paged, i)
     await copier.close()
     pool.close()
+
+
+async def test_an_abandoned_copier_ends_the_copy_that_runs_and_begins_none(held: Held) -> None:
+    copier, pool, _ = held
+    running = asyncio.create_task(copier.gather([3], [4], None))
+    await until_begun(copier)
+    waiting = asyncio.create_task(copier.gather([1], [1], None))
+    await turns()
+    abandoned = threading.Thread(target=copier.abandon)
+    abandoned.start()
+    await turns()
+    assert abandoned.is_alive()
+    copier.go.release(9)
+    await asyncio.to_thread(abandoned.join, 60)
+    assert not abandoned.is_alive()
+    await running
+    assert bytes(pool.slot(1, 4)) == bytes_of_block(copier._paged, 3)
+    assert not pool.region(1)[1].any()
+    with pytest.raises(TransferError, match="abandoned"):
+        await waiting
