@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NewType, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,9 @@ TokensHash = NewType("TokensHash", int)
 Slot = NewType("Slot", int)
 """A block-sized place in one tier."""
 
+ExtraKeys: TypeAlias = tuple[object, ...] | None
+"""What tells a block from others with the same tokens: multimodal inputs, prompt embeddings."""
+
 _MIN_KEY_NBYTES = 8
 
 
@@ -42,10 +45,12 @@ class _Chain:
     """The arrays that many ``Blocks`` share. Never changes, but for the memo of hashes."""
 
     __slots__ = (
+        "extra_keys",
         "key_nbytes",
         "keys",
         "lora",
         "namespace",
+        "opaque_from",
         "parent",
         "token_ids",
         "tokens_hashes",
@@ -61,6 +66,8 @@ class _Chain:
         parent: BlockKey | None,
         namespace: str | None,
         lora: str | None,
+        extra_keys: tuple[ExtraKeys, ...] | None,
+        opaque_from: int | None,
     ) -> None:
         self.keys = keys
         self.key_nbytes = key_nbytes
@@ -69,6 +76,8 @@ class _Chain:
         self.parent = parent
         self.namespace = namespace
         self.lora = lora
+        self.extra_keys = extra_keys
+        self.opaque_from = opaque_from
         self.tokens_hashes: array[int] | None = None  # of the leading blocks, as far as asked for
 
 
@@ -78,7 +87,8 @@ class Blocks:
     Immutable. A slice shares the arrays of the whole, so it costs the same for one block as for
     thousands. ``token_ids`` are packed little-endian uint32, ``tokens_per_block`` for each block;
     ``keys`` are packed as well, ``key_nbytes`` each (at least 8). ``parent`` is the key of the
-    block before the first one, None where the first block begins the chain.
+    block before the first one, None where the first block begins the chain. ``extra_keys``: for
+    each block what else tells it from others with the same tokens, None for nothing.
 
     Raises:
         LayoutError: the arrays do not have the same number of blocks.
@@ -96,6 +106,7 @@ class Blocks:
         parent: BlockKey | None = None,
         namespace: str | None = None,
         lora: str | None = None,
+        extra_keys: tuple[ExtraKeys, ...] | None = None,
     ) -> None:
         if key_nbytes < _MIN_KEY_NBYTES or tokens_per_block < 1:
             raise LayoutError(
@@ -108,7 +119,20 @@ class Blocks:
                 f"{len(keys)} bytes of keys at {key_nbytes} each do not go with "
                 f"{len(token_ids)} bytes of token ids at {4 * tokens_per_block} a block"
             )
-        self._chain = _Chain(keys, key_nbytes, token_ids, tokens_per_block, parent, namespace, lora)
+        if extra_keys is not None and len(extra_keys) != num_blocks:
+            raise LayoutError(f"{len(extra_keys)} extra keys do not go with {num_blocks} blocks")
+        opaque_from = next((i for i, extra in enumerate(extra_keys or ()) if extra), None)
+        self._chain = _Chain(
+            keys,
+            key_nbytes,
+            token_ids,
+            tokens_per_block,
+            parent,
+            namespace,
+            lora,
+            extra_keys,
+            opaque_from,
+        )
         self._start = 0
         self._stop = num_blocks
 
@@ -205,6 +229,23 @@ class Blocks:
         """The adapter's name."""
         return self._chain.lora
 
+    @property
+    def extra_keys(self) -> tuple[ExtraKeys, ...] | None:
+        """One entry for each block; None where the chain has none."""
+        keys = self._chain.extra_keys
+        return None if keys is None else keys[self._start : self._stop]
+
+    @property
+    def num_plain(self) -> int:
+        """How many of these, from the first, are told by tokens, tenant and adapter alone.
+
+        A block with extra keys is not, and neither is what follows it.
+        """
+        opaque_from = self._chain.opaque_from
+        if opaque_from is None:
+            return len(self)
+        return max(0, min(opaque_from, self._stop) - self._start)
+
     def num_common(self, other: Blocks, at: int) -> int:
         """How many of these blocks, from the first, equal ``other[at:]``.
 
@@ -241,6 +282,8 @@ class Blocks:
             self.parent,
             chain.namespace,
             chain.lora,
+            self.extra_keys,
+            None if chain.opaque_from is None else max(0, chain.opaque_from - self._start),
         )
         if chain.tokens_hashes is not None:
             copy.tokens_hashes = chain.tokens_hashes[self._start : self._stop]

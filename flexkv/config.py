@@ -189,9 +189,9 @@ class EventsConfig(Settings):
 
     sink: Literal["auto", "vllm", "nats", "zmq", "none"] = setting(
         "who carries the events; `auto`: `nats` if `worker_id` is known and `event_plane` is "
-        "`nats`, else `none`",
+        "`nats`, else `none`; under vLLM with its own KV events on: `vllm`",
         default="auto",
-        later=("vllm", "zmq"),
+        later=("zmq",),
     )
     event_plane: Literal["nats", "zmq"] | None = setting(
         "the event plane of the Dynamo deployment; its own default is `zmq`", default=None
@@ -291,6 +291,9 @@ class Config(Settings):
     )
     num_log_interval_requests: int = setting(
         "requests between two lines of statistics in the log; 0: none", default=200, ge=0, le=2**32
+    )
+    load_failure_policy: Literal["recompute", "fail"] = setting(
+        "under vLLM: what becomes of a request whose load has failed", default="recompute"
     )
     cache: CacheConfig = setting("what each tier holds", default=CacheConfig())
     transfers: TransfersConfig = setting("limits of copies", default=TransfersConfig())

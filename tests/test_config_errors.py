@@ -115,7 +115,7 @@ def test_a_bad_cache_setting_is_named_with_its_value_and_range(
         ({"transfers": {"max_store_bytes": 9}}, "transfers.max_store_bytes is 9: it must be at l"),
         ({"transfers": {"chunk_bytes": 2**28 + 1}}, "2 settings can't be used:\n  transfers.max_"),
         ({"events": {"sink": "zmq"}}, 'events.sink is "zmq": not in this version; it must be "au'),
-        ({"events": {"sink": "kafka"}}, 'events.sink is "kafka": it must be "auto", "nats" or "n'),
+        ({"events": {"sink": "kafka"}}, 'events.sink is "kafka": it must be "auto", "vllm", "na'),
         ({"events": {"sink": "nats"}}, 'events.sink is "nats": it needs a worker_id'),
         ({"events": {"discovery": "etcd"}}, 'events.discovery is "etcd": not in this version; it'),
         ({"events": {"worker_id": -1}}, "events.worker_id is -1: it must be a whole number, 0 to"),

@@ -93,6 +93,21 @@ class LoopThread:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    async def until_stopping(self, work: Coroutine[None, None, None]) -> None:
+        """For ``main``: run ``work`` to its end, or cancel it when the thread is to stop.
+
+        Raises:
+            FlexKVError: what ``work`` raised.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(_failure_of(work))
+            stopping = tasks.create_task(_until(self.stopping))
+            await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+            working.cancel()
+            stopping.cancel()
+        if not working.cancelled() and (failure := working.result()) is not None:
+            raise failure
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
@@ -108,3 +123,15 @@ class LoopThread:
         finally:
             self._loop.close()
             self._ready.set()
+
+
+async def _failure_of(work: Coroutine[None, None, None]) -> FlexKVError | None:
+    try:
+        await work
+    except FlexKVError as error:
+        return error
+    return None
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()

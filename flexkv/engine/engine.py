@@ -24,7 +24,7 @@ from flexkv.tiers.host import HostPool, slot_stride
 from flexkv.tiers.memory import require_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -190,14 +190,18 @@ class Engine:
         self._check_open()
         self._check_chain(blocks)
         num_blocks = self._host.match(blocks).num_blocks
+        self.count_request(len(blocks), num_blocks)
+        return Match(num_blocks, {Tier.HOST: num_blocks})
+
+    def count_request(self, num_requested: int, num_hit: int) -> None:
+        """Count a request, for who looks up by ``lease``; any one thread may do so."""
         counts = self._counts
         counts["requests"] += 1
-        counts["requested"] += len(blocks)
-        counts["hit"] += num_blocks
+        counts["requested"] += num_requested
+        counts["hit"] += num_hit
         interval = self._config.num_log_interval_requests
         if interval and counts["requests"] % interval == 0:
             _log.info("%s", self.stats().line())
-        return Match(num_blocks, {Tier.HOST: num_blocks})
 
     async def load(
         self,
@@ -298,8 +302,17 @@ class Engine:
             raise InputError(f"tier is {tier!r}: give one of {', '.join(Tier)}")
         return self._host.residency() if tier == Tier.HOST else set()
 
+    def walk(self, tier: Tier) -> Iterator[Blocks]:
+        """What ``residency`` names, run by run, parents first; the tier may change meanwhile."""
+        if tier == Tier.HOST:
+            yield from (stored.blocks for stored in self._host.walk())
+
     async def clear(self) -> None:
         """Forget every block, those on their way included."""
+        self.forget()
+
+    def forget(self) -> None:
+        """As ``clear``, at once; to be called on the engine's loop."""
         self._check_open()
         self._stores.note_clear()
         self._host.clear()

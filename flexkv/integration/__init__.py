@@ -1,0 +1,1 @@
+"""Where flexkv meets the programs that it serves."""

@@ -1,0 +1,116 @@
+"""What vLLM's own configuration says to flexkv, read once in each role."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from flexkv.config import Config, EventsConfig
+from flexkv.errors import ConfigError
+from flexkv.link.endpoint import default_endpoint, with_dp_rank
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """One role's view: the same ``endpoint`` and ``engine_id`` on both sides of the link.
+
+    ``publishes``: vLLM's own KV events are on, at ``events_endpoint`` if that is a server's.
+    """
+
+    config: Config
+    endpoint: str
+    engine_id: str
+    block_size: int
+    num_ranks: int
+    rank: int
+    dp_rank: int
+    publishes: bool
+    events_endpoint: str | None
+
+
+def settings_of(vllm_config: Any) -> VllmSettings:
+    """Read vLLM's configuration, and flexkv's from ``FLEXKV_CONFIG_PATH`` or ``FLEXKV_*``.
+
+    Raises:
+        ConfigError: flexkv's settings are wrong, or do not go with vLLM's.
+    """
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    block_size = vllm_config.cache_config.block_size
+    config = _for_vllm(Config.load(), block_size)
+    dp_rank = parallel.data_parallel_rank if parallel.data_parallel_size > 1 else None
+    endpoint = config.server_recv_port
+    if endpoint is None:
+        endpoint = default_endpoint(transfer.engine_id, dp_rank)
+    elif dp_rank is not None:
+        endpoint = with_dp_rank(endpoint, dp_rank)
+    events = vllm_config.kv_events_config
+    publishes = events is not None and events.enable_kv_cache_events
+    return VllmSettings(
+        config=config,
+        endpoint=endpoint,
+        engine_id=transfer.engine_id,
+        block_size=block_size,
+        num_ranks=parallel.world_size,
+        rank=parallel.rank,
+        dp_rank=dp_rank or 0,
+        publishes=publishes,
+        events_endpoint=_publisher(events.endpoint, dp_rank or 0) if publishes else None,
+    )
+
+
+def unsupported(vllm_config: Any) -> str | None:
+    """Why flexkv can't serve this vLLM at all; None if it can, as far as is known here."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}: blocks that span ranks are not supported"
+    cache = vllm_config.cache_config
+    hash_block_size = getattr(cache, "hash_block_size", None) or cache.block_size
+    if hash_block_size != cache.block_size:
+        return f"vLLM's blocks have {cache.block_size} tokens, but it hashes {hash_block_size}"
+    return None
+
+
+def warn_of_keys(vllm_config: Any) -> None:
+    """Say so where block keys are others in each process."""
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if str(algorithm).startswith("xxhash") and not os.environ.get("PYTHONHASHSEED"):
+        _log.warning(
+            "prefix_caching_hash_algo is %s and PYTHONHASHSEED is not set: block keys change with "
+            "every start of vLLM, so nothing is found again after a restart",
+            algorithm,
+        )
+
+
+def _for_vllm(config: Config, block_size: int) -> Config:
+    """``config`` for vLLM's block size; NATS is never required under vLLM."""
+    cache = config.cache
+    if "tokens_per_block" in cache.model_fields_set and cache.tokens_per_block != block_size:
+        raise ConfigError(
+            f"tokens_per_block is {cache.tokens_per_block}, but vLLM's block size is {block_size}: "
+            f"start vLLM with --block-size {cache.tokens_per_block}, or leave tokens_per_block out"
+        )
+    cache = type(cache)(**_given(cache) | {"tokens_per_block": block_size})
+    events = EventsConfig(**_given(config.events) | {"nats_required": False})
+    made = Config(**_given(config) | {"cache": cache, "events": events})
+    for note in config.notes:
+        _log.warning("%s", note)
+    return made
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _publisher(endpoint: str, dp_rank: int) -> str | None:
+    """Where to subscribe to vLLM's own events; None if its publisher dials out itself."""
+    if endpoint.startswith("ipc://"):
+        return endpoint
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host in {"*", "[::]", "::"} and port.isdecimal():
+        return f"tcp://127.0.0.1:{int(port) + dp_rank}"
+    return None

@@ -1,0 +1,163 @@
+"""The sink ``vllm``: flexkv's events join vLLM's own stream whenever vLLM asks for some."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexkv.blocks import BlockKey, Tier
+from flexkv.events.types import AllBlocksCleared
+from flexkv.integration.vllm.net_changes import NetChanges, Stored
+
+if TYPE_CHECKING:
+    from asyncio import TaskGroup
+    from collections.abc import Iterator
+
+    from flexkv.blocks import Blocks
+    from flexkv.events.log import EventSource
+    from flexkv.events.types import Event
+
+MAX_BLOCKS = 512
+"""Blocks in one step's events: what a restart has to tell must not hold up a step."""
+_SIGN_S = 2.0
+_NOBODY = BlockKey(b"flexkv: a block that is never announced"[-32:])
+_MEDIUM = {Tier.HOST: "CPU", Tier.SSD: "STORAGE", Tier.REMOTE: "STORAGE"}
+
+_log = logging.getLogger(__name__)
+
+
+class StreamSink:
+    """Collects net changes on the engine's loop; the scheduler's thread takes them.
+
+    Every 2 s one removal of a block that nobody was ever told of goes along: Dynamo's relay asks
+    for what it has missed only when it sees something that it can't place.
+    """
+
+    def __init__(self) -> None:
+        self._changes = NetChanges()
+        self._lock = threading.Lock()
+        self._source: EventSource | None = None
+        self._last_id = 0
+        self._next_sign_s = 0.0
+        self._anew: asyncio.Event | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, source: EventSource, tasks: TaskGroup) -> None:
+        """Begin with what is resident already."""
+        self._source = source
+        self._anew = asyncio.Event()
+        self.tell_all()
+        self._task = tasks.create_task(self._tell_anew())
+
+    def wake(self) -> None:
+        """Take what is new."""
+        if self._source is None:
+            return
+        entries = self._source.since(self._last_id)
+        self._last_id = self._source.last_id
+        if entries is None:  # one change was larger than the log's ring
+            self._add(AllBlocksCleared())
+            self.tell_all()
+        else:
+            self._add(*(entry.event for entry in entries))
+
+    def forget_told(self) -> None:
+        """Whoever reads the stream has forgotten every tier; ``tell_all`` must follow."""
+        with self._lock:
+            self._changes.forget_told()
+
+    def tell_all(self) -> None:
+        """Tell what is resident, as far as it is not told; to be called on the engine's loop."""
+        if self._anew is not None:
+            self._anew.set()
+
+    async def close(self) -> None:
+        """Take no more."""
+        self._source = None
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    @property
+    def num_waiting(self) -> int:
+        """Blocks whose change has not been taken; from any thread."""
+        return len(self._changes)
+
+    def take(self) -> Iterator[Any]:
+        """Events of vLLM's kind, for the step that ends now; from the scheduler's thread."""
+        with self._lock:
+            changes = self._changes.take(MAX_BLOCKS)
+        for change in changes:
+            yield _stored(change) if isinstance(change, Stored) else _removed(*change)
+        now_s = time.monotonic()
+        if now_s >= self._next_sign_s:
+            self._next_sign_s = now_s + _SIGN_S
+            yield _removed([_NOBODY], Tier.HOST)
+
+    def _add(self, *events: Event) -> None:
+        with self._lock:
+            for event in events:
+                self._changes.add(event)
+
+    async def _tell_anew(self) -> None:
+        """Walk through what is resident, in pieces; what changes meanwhile comes by ``wake``."""
+        assert self._anew is not None
+        while True:
+            await self._anew.wait()
+            self._anew.clear()
+            if self._source is None:
+                return
+            _, resident = self._source.dump()
+            for event in resident:
+                self._add(event)
+                await asyncio.sleep(0)
+
+
+def _stored(stored: Stored) -> Any:
+    from vllm.distributed.kv_events import BlockStored  # noqa: PLC0415  # who asks has vLLM
+
+    blocks = stored.blocks
+    return BlockStored(
+        block_hashes=[_hash(key) for key in blocks],
+        parent_block_hash=None if blocks.parent is None else _hash(blocks.parent),
+        token_ids=np.frombuffer(blocks.token_ids, "<u4").tolist(),
+        block_size=blocks.tokens_per_block,
+        lora_id=None,
+        medium=_MEDIUM[stored.tier],
+        lora_name=blocks.lora,
+        extra_keys=_extra_keys(blocks),
+    )
+
+
+def _removed(keys: list[BlockKey], tier: Tier) -> Any:
+    from vllm.distributed.kv_events import BlockRemoved  # noqa: PLC0415  # as above
+
+    return BlockRemoved(block_hashes=[_hash(key) for key in keys], medium=_MEDIUM[tier])
+
+
+def _hash(key: BlockKey) -> Any:
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash  # noqa: PLC0415  # as above
+
+    return maybe_convert_block_hash(key)
+
+
+def _extra_keys(blocks: Blocks) -> list[tuple[Any, ...] | None] | None:
+    """Of each block what vLLM's own events say: adapter, inputs, tenant, embeddings, in its order.
+
+    The tenant is in a chain's first block only.
+    """
+    of_blocks: list[tuple[Any, ...] | None] = []
+    for i in range(len(blocks)):
+        own = blocks.extra_keys[i] if blocks.extra_keys is not None else None
+        keys: list[Any] = [] if blocks.lora is None else [blocks.lora]
+        keys += [key for key in own or () if isinstance(key, tuple)]
+        if i == 0 and blocks.parent is None and blocks.namespace is not None:
+            keys.append(blocks.namespace)
+        keys += [key for key in own or () if not isinstance(key, tuple)]
+        of_blocks.append(tuple(keys) or None)
+    return of_blocks if any(of_blocks) else None
