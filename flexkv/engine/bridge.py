@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_CLEAR_UP_S = 10.0
+
 
 class LoopThread:
     """Runs one coroutine function, with a loop of its own, in a daemon thread.
@@ -121,8 +123,17 @@ class LoopThread:
             _log.exception("%s has ended", self._thread.name)
             raise
         finally:
+            self._clear_up()
             self._loop.close()
             self._ready.set()
+
+    def _clear_up(self) -> None:
+        """Whatever ended ``main`` from outside left tasks behind that hold sockets and locks."""
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_CLEAR_UP_S))
 
 
 async def _failure_of(work: Coroutine[None, None, None]) -> FlexKVError | None:

@@ -31,7 +31,7 @@ from flexkv.link.messages import (
     unpack_slots,
 )
 from flexkv.link.process import Process, host_name, machine_id
-from flexkv.link.sockets import LINGER_MS, new_socket, receiving, send_now
+from flexkv.link.sockets import LINGER_MS, end_context, new_context, new_socket, receiving, send_now
 from flexkv.link.waiting import until_done
 from flexkv.tiers.host import HostPool
 
@@ -112,7 +112,7 @@ class LinkClient:
             LinkError: the engine did not let us in within ``deadline_s``, or refused us, or is
                 lost, or its pool is of no use here.
         """
-        context = zmq.asyncio.Context()
+        context = new_context()
         self._socket = new_socket(context, zmq.DEALER)
         self._end = asyncio.get_running_loop().create_future()
         self._attached = asyncio.Event()
@@ -127,7 +127,7 @@ class LinkClient:
                     copy.cancel()  # those that have not begun never do
         finally:
             self._leave()
-            context.destroy(linger=LINGER_MS if self._hears_us else 0)
+            end_context(context, LINGER_MS if self._hears_us else 0)
         if failure := self._end.result():
             raise failure
 

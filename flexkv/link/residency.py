@@ -18,7 +18,7 @@ from flexkv.link.messages import (
     ResidencyRequest,
     decode,
 )
-from flexkv.link.sockets import new_socket, receiving, send_now
+from flexkv.link.sockets import end_context, new_context, new_socket, receiving, send_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +41,7 @@ async def residency(endpoint: str, deadline_s: float) -> Residency:
     Raises:
         LinkError: no engine, no answer within ``deadline_s``, or it is not ready.
     """
-    context = zmq.asyncio.Context()
+    context = new_context()
     socket = new_socket(context, zmq.DEALER)
     try:
         async with asyncio.timeout(deadline_s):
@@ -53,7 +53,7 @@ async def residency(endpoint: str, deadline_s: float) -> Residency:
     except zmq.ZMQError as error:
         raise LinkError(endpoint, f"can't connect: {error.strerror}") from error
     finally:
-        context.destroy(linger=0)
+        end_context(context, 0)
 
 
 def chunks_of(parts: ResidencyParts) -> Iterator[ResidencyChunk]:

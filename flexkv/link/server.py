@@ -28,7 +28,7 @@ from flexkv.link.messages import (
 )
 from flexkv.link.process import host_name, machine_id
 from flexkv.link.residency import chunks_of
-from flexkv.link.sockets import LINGER_MS, new_socket, send_now
+from flexkv.link.sockets import LINGER_MS, end_context, new_context, new_socket, send_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ class LinkServer:
 
     async def __aenter__(self) -> Self:
         self._lock.take()
-        self._context = zmq.asyncio.Context()
+        self._context = new_context()
         self._socket = new_socket(self._context, zmq.ROUTER)
         try:
             self._bind()
@@ -196,7 +196,7 @@ class LinkServer:
             raise LinkError(self.endpoint, f"can't listen: {error.strerror}") from error
 
     def _hang_up(self) -> None:
-        self._context.destroy(linger=LINGER_MS)  # waits for the socket's end
+        end_context(self._context, LINGER_MS)  # waits for the socket's end
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)  # before the next engine may make its own
         self._lock.release()

@@ -19,6 +19,24 @@ LINGER_MS = 200
 """How long closing may take, so that the last messages arrive."""
 
 
+_open: set[zmq.asyncio.Context] = (
+    set()
+)  # collecting one that a dead thread left would wait for ever
+
+
+def new_context() -> zmq.asyncio.Context:
+    """A context of its own, to be ended by ``end_context``."""
+    context = zmq.asyncio.Context()
+    _open.add(context)
+    return context
+
+
+def end_context(context: zmq.asyncio.Context, linger_ms: int) -> None:
+    """Close its sockets; wait at most so long for what they have to send."""
+    context.destroy(linger=linger_ms)
+    _open.discard(context)
+
+
 def new_socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
     """A socket with bounded queues and messages."""
     socket = context.socket(kind)

@@ -148,7 +148,7 @@ def aborts(engine: Engine, case: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             if output.finished:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)
         loading = [
-            request.external_req_id if hasattr(request, "external_req_id") else name
+            "-".join(name.split("-")[:2])  # vLLM has put something behind our name
             for name, request in scheduler.requests.items()
             if request.status.name == "WAITING_FOR_REMOTE_KVS"
         ]

@@ -85,7 +85,8 @@ def _faulty(scatter: Any, faults: dict[str, Any], end_thread: Callable[[], None]
             end_thread()
         if faults.get("garbage") and len(slots) > 1:
             note("garbage")
-            slots = [*slots[1:], slots[0]]
+            # not in another order: keys know their positions, so attention would come out the same
+            slots = [slots[0]] * len(slots)
         await scatter(self, slots, block_ids, after)
 
     return faulty

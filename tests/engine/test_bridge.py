@@ -85,3 +85,25 @@ def test_a_bug_ends_the_loop_and_is_seen_from_outside() -> None:
     assert thread.stop(LIMIT_S)
     assert not thread.alive
     assert isinstance(thread.error, AssertionError)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_runs_is_ended_in_order_even_if_the_loop_is_stopped_from_outside() -> None:
+    ended = threading.Event()
+
+    async def work(thread: LoopThread) -> None:
+        thread.ready()
+        try:
+            await thread.stopping.wait()
+        finally:
+            ended.set()
+
+    def stop() -> None:
+        raise SystemExit
+
+    thread = LoopThread("a-loop", work)
+    thread.start(LIMIT_S)
+    thread.call(stop)
+    assert ended.wait(LIMIT_S)
+    assert thread.stop(LIMIT_S)
+    assert isinstance(thread.error, SystemExit)

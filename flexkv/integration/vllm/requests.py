@@ -30,6 +30,7 @@ class RequestState:
         self.is_counted = False
         self.is_running = False  # it has been scheduled since it last waited
         self.is_loading = False
+        self.was_promised = False  # a load, since it last ran
         self._keys = bytearray()
         self._token_ids = bytearray()
         self._chain = Blocks(b"", b"", tokens_per_block=block_size)

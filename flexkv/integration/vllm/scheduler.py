@@ -52,7 +52,10 @@ class SchedulerRole:
         self._unpin(state)
         # at least one token must be left to compute
         chain = state.chain((request.num_tokens - 1) // self._block_size)
-        lease = self._service.lease(chain) if self._offers_loads else None
+        # One that waits again without having run has failed to load. Offering a load once more can
+        # stop vLLM for good: the reservation for it may not fit beside what others hold.
+        offers = self._offers_loads and not state.was_promised
+        lease = self._service.lease(chain) if offers else None
         self._count(state, len(chain), lease.num_blocks if lease else 0)
         if lease is None:
             return 0, False
@@ -78,7 +81,7 @@ class SchedulerRole:
         job_id = self._service.load(
             request_id, state.chain(last), block_ids, first, self._step, pin
         )
-        state.is_loading = True
+        state.is_loading = state.was_promised = True
         self._new_loads.append(LoadJob(job_id, request_id, block_ids))
 
     def build_connector_meta(self, scheduler_output: Any) -> FlexKVMetadata:
@@ -144,6 +147,7 @@ class SchedulerRole:
         """The request runs in this step: store what is new; its chain is in use in any case."""
         if not state.is_running:
             state.is_running = True
+            state.was_promised = False
             self._service.touch(state.chain())
         if state.num_storable() > state.num_handed:
             block_ids = block_state.get_block_ids(state.request.request_id)

@@ -169,7 +169,7 @@ class FlexKVConnectorV1Impl:
 def _recompute_failed_loads(vllm_config: Any, wanted: str) -> bool:
     """Have vLLM compute again what could not be loaded. False where flexkv must not load then."""
     transfer = vllm_config.kv_transfer_config
-    parent = _multi_connector_config()
+    parent = multi_connector_config()
     if parent is not None:
         if parent.kv_load_failure_policy == "recompute" or wanted == "fail":
             return True
@@ -185,14 +185,16 @@ def _recompute_failed_loads(vllm_config: Any, wanted: str) -> bool:
     return True
 
 
-def _multi_connector_config() -> Any:
-    """The transfer settings of the MultiConnector that makes this connector; None if none does.
+def multi_connector_config() -> Any:
+    """The transfer settings of the MultiConnector that is calling; None if none is.
 
     It hands its parts altered copies of vLLM's settings, and nothing that leads back to them.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see above
     while frame is not None:
-        if type(frame.f_locals.get("self")).__name__ == "MultiConnector":
+        caller = frame.f_locals.get("self", frame.f_locals.get("cls"))
+        kind = caller if isinstance(caller, type) else type(caller)
+        if kind.__name__ == "MultiConnector" and "vllm_config" in frame.f_locals:
             return frame.f_locals["vllm_config"].kv_transfer_config
         frame = frame.f_back
     return None

@@ -41,6 +41,7 @@ class WorkerRole:
 
     def __init__(self, settings: VllmSettings) -> None:
         self._settings = settings
+        self._kv_caches: Mapping[str, torch.Tensor] = {}
         self._copier: PagedCopier | None = None
         self._client: LinkClient | None = None
         self._thread: LoopThread | None = None
@@ -55,10 +56,22 @@ class WorkerRole:
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], vllm_config: Any) -> None:
         """Copy to and from these caches from now on; dials the engine in the background."""
-        settings = self._settings
         if reason := reason_to_decline(vllm_config):
             _log.error("flexkv's cache is off: %s", reason)
             return
+        self._kv_caches = kv_caches
+        self.restore_kv_caches()
+
+    def unregister_kv_caches(self) -> None:
+        """Let go of the caches, once running copies have ended."""
+        self.shutdown()
+        self._thread = self._client = self._copier = None
+
+    def restore_kv_caches(self) -> None:
+        """Take the caches, unless they are taken."""
+        if not self._kv_caches or self._thread is not None:
+            return
+        settings, kv_caches = self._settings, self._kv_caches
         try:
             block_nbytes = segments_of(kv_caches, settings.block_size).block_nbytes
             self._copier = make_copier(kv_caches, settings.block_size, block_nbytes)
