@@ -1,0 +1,182 @@
+"""Engine service and worker role over the link: what is promised is kept or reported as failed."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from flexkv.engine.bridge import LoopThread
+from flexkv.integration.vllm.worker import WorkerRole
+from flexkv.link.errors import EndpointTakenError
+from flexkv.tiers.gpu import CpuPagedCopier
+from tests.engine.chains import chain
+from tests.integration.roles import MODEL, Roles, roles, settings, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BLOCKS = chain(1, 2, 3)
+IDS = [5, 9, 7]
+OTHER_IDS = [20, 21, 22]
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/link"
+
+
+@pytest.fixture
+def both(endpoint: str) -> Iterator[Roles]:
+    with roles(endpoint) as made:
+        yield made
+
+
+def stored(both: Roles) -> torch.Tensor:
+    """BLOCKS are resident; their bytes."""
+    both.store(BLOCKS, IDS)
+    until(lambda: both.resident(BLOCKS) == 3)
+    return both.bytes_of(IDS)
+
+
+def test_what_was_stored_is_loaded_byte_for_byte(both: Roles) -> None:
+    expected = stored(both)
+    job = both.promise(BLOCKS, OTHER_IDS)
+    both.begin_step(loads=[job])
+    assert until(lambda: both.reports()[1]) == {"loaded"}
+    assert torch.equal(both.bytes_of(OTHER_IDS), expected)
+    assert both.reports() == (set(), set(), set())  # each once
+
+
+def test_a_load_waits_for_its_step(both: Roles) -> None:
+    expected = stored(both)
+    before = both.bytes_of(OTHER_IDS)
+    job = both.promise(BLOCKS, OTHER_IDS)
+    again = both.promise(BLOCKS, [30, 31, 32], "later")
+    again_step = both.step + 1
+    both.begin_step()  # an earlier promise than the workers know of
+    assert both.reports() == (set(), set(), set())
+    assert torch.equal(both.bytes_of(OTHER_IDS), before)
+    both.step = again_step - 1
+    both.begin_step(loads=[job, again])
+    received: set[str] = set()
+    until(lambda: received.update(both.reports()[1]) or received == {"loaded", "later"})
+    assert torch.equal(both.bytes_of(OTHER_IDS), expected)
+
+
+def test_what_is_not_there_any_more_is_reported_with_its_request(both: Roles) -> None:
+    stored(both)
+    assert both.service.clear()
+    pin = both.service.lease(BLOCKS)
+    assert pin is None
+    both.store(BLOCKS[:2], IDS[:2])
+    until(lambda: both.resident(BLOCKS) == 2)
+    job = both.promise(BLOCKS, OTHER_IDS)
+    both.begin_step(loads=[job])
+    sent, received, failed = until(lambda: (r := both.reports())[1] and r)
+    assert (sent, received, failed) == (set(), {"loaded"}, {OTHER_IDS[2]})
+
+
+def test_a_promise_without_an_engine_is_reported_as_failed(both: Roles) -> None:
+    stored(both)
+    job = both.promise(BLOCKS, OTHER_IDS)
+    both.service.close()
+    both.begin_step(loads=[job], alive=False)
+    _, received, failed = until(lambda: (r := both.reports())[1] and r)
+    assert received == {"loaded"}
+    assert failed == set(OTHER_IDS)
+
+
+def test_a_dead_worker_thread_reports_what_it_owes_after_its_last_copy(
+    both: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(both)
+    copying: list[float] = []
+    move = CpuPagedCopier._move
+
+    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
+        time.sleep(0.2)
+        move(self, *tensors)
+        copying.append(time.monotonic())
+
+    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+    job = both.promise(BLOCKS, OTHER_IDS)
+    both.begin_step(loads=[job])
+    thread = both.worker._thread
+    assert isinstance(thread, LoopThread)
+    time.sleep(0.05)  # the copy has begun, most often; either way the report must be right
+    thread.stop(0)
+    _, received, failed = until(lambda: (r := both.reports())[1] and r)
+    reported_s = time.monotonic()
+    assert received == {"loaded"}
+    assert failed in (set(), set(OTHER_IDS))
+    assert all(copied_s <= reported_s for copied_s in copying)
+
+
+def test_a_request_that_ends_while_it_is_stored_keeps_its_blocks_until_then(
+    both: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = CpuPagedCopier._move
+
+    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
+        time.sleep(0.1)
+        move(self, *tensors)
+
+    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+    both.store(BLOCKS, IDS, "ending")
+    assert both.service.finish("ending")
+    both.begin_step(finishing=["ending"])
+    sent = [both.reports({"ending"})[0]]
+    until(lambda: sent.append(both.reports()[0]) or sent[-1])
+    assert sent[-1] == {"ending"}
+    assert both.resident(BLOCKS) == 3
+    assert both.reports({"ending"})[0] == set()
+
+
+def test_what_a_preempted_request_was_storing_is_not_kept(
+    both: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = CpuPagedCopier._move
+
+    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
+        time.sleep(0.1)
+        move(self, *tensors)
+
+    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+    both.store(BLOCKS, IDS, "preempted")
+    both.service.discard("preempted")
+    assert not both.service.finish("preempted")
+    both.store(chain(8), [40], "another")
+    until(lambda: both.resident(chain(8)) == 1)
+    until(lambda: both.service._num_stores == 0)
+    assert both.resident(BLOCKS) == 0
+
+
+def test_caches_that_were_given_back_and_taken_again_work(both: Roles) -> None:
+    expected = stored(both)
+    both.worker.unregister_kv_caches()
+    until(lambda: not both.service.usable)
+    assert not both.service.store("x", chain(9), [3])
+    both.worker.restore_kv_caches()
+    both.until_usable()
+    job = both.promise(BLOCKS, OTHER_IDS)
+    both.begin_step(loads=[job])
+    assert until(lambda: both.reports()[1]) == {"loaded"}
+    assert torch.equal(both.bytes_of(OTHER_IDS), expected)
+
+
+def test_a_second_engine_at_the_endpoint_fails_at_once(both: Roles) -> None:
+    with pytest.raises(EndpointTakenError, match="server_recv_port"):
+        Roles(both.worker._settings)
+
+
+def test_a_worker_of_another_engine_is_refused(
+    both: Roles, caplog: pytest.LogCaptureFixture
+) -> None:
+    stranger = WorkerRole(settings(both.worker._settings.endpoint, engine_id="another"))
+    stranger.register_kv_caches(both.caches, MODEL)
+    until(lambda: "belongs to engine an-engine" in caplog.text)
+    stranger.shutdown()
