@@ -52,6 +52,8 @@ VARIABLES = {
 }
 """The variable of each flat key."""
 
+_UNREACHABLE = ("mem", "kubernetes")  # Dynamo's discovery in one process, or in an API of its own
+
 DYNAMO_VARIABLES = {
     "DYN_EVENT_PLANE": "event_plane",
     "DYN_FILE_KV": "discovery_path",
@@ -152,6 +154,7 @@ class Draft:
             return
         for variable, field in DYNAMO_VARIABLES.items():
             self._fill(field, env.get(variable), variable)
+        self._check_discovery(env)
         temporary = env.get("TMPDIR") or "/tmp"  # noqa: S108  # Dynamo's default: must be the same
         self._fill("discovery_path", f"{temporary.rstrip('/')}/dynamo_store_kv", "TMPDIR")
         if any(field in events and events[field].value is not None for field in _CREDENTIALS):
@@ -162,6 +165,21 @@ class Draft:
                     if field:
                         self._fill(field, env[variable], variable)
                 return
+
+    def _check_discovery(self, env: Mapping[str, str]) -> None:
+        """Where routers can't find our record there is no source, unless one is asked for."""
+        events = self.given["events"]
+        asked = "sink" in events and events["sink"].value != "auto"
+        backend = env.get("DYN_DISCOVERY_BACKEND")
+        if "worker_id" not in events or asked or "discovery" in events:
+            return
+        if backend in _UNREACHABLE:
+            self.notes.append(
+                f"no events are published: {_named('DYN_DISCOVERY_BACKEND')} is {shown(backend)}, "
+                "where flexkv can't show itself to routers; use file discovery, or vLLM's own "
+                "events (--kv-events-config)"
+            )
+            events["sink"] = Given("none", "sink")
 
     def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "none"]) -> None:
         """Find what Dynamo's variables ask for and ``sink`` can't do."""
