@@ -288,6 +288,7 @@ class Engine:
             num_slots=host.num_slots,
             num_resident=host.num_resident,
             num_free=host.num_free,
+            digest=str(self._events.digests()[Tier.HOST]),
             num_stored=host.num_stored,
             num_evicted=host.num_evicted,
         )

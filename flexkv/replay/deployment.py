@@ -146,11 +146,13 @@ class FakeWorker:
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
+        num_ranks: int = 1,
         deadline_s: float = 30.0,
     ) -> None:
         self._variables = dynamo_variables(nats_url, discovery_path)
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
+        self._num_ranks = num_ranks
         self._deadline_s = deadline_s
         self._folder = Path()
         self._process: asyncio.subprocess.Process | None = None
@@ -159,7 +161,8 @@ class FakeWorker:
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="flexkv-worker-"))
         program = [sys.executable, "-m", "flexkv.replay.worker_card"]
-        arguments = [self._endpoint, str(self._tokens_per_block), str(self._folder / "model")]
+        sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
+        arguments = [self._endpoint, *sizes]
         pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(
             *program, *arguments, stdin=pipe, stdout=pipe, env=os.environ | self._variables
