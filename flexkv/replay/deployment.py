@@ -160,7 +160,8 @@ class FakeWorker:
 
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="flexkv-worker-"))
-        program = [sys.executable, "-m", "flexkv.replay.worker_card"]
+        # as a file: it needs nothing of flexkv, whose import takes a second
+        program = [sys.executable, "-P", str(Path(__file__).with_name("worker_card.py"))]
         sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
         arguments = [self._endpoint, *sizes]
         pipe = asyncio.subprocess.PIPE

@@ -26,7 +26,7 @@ class LossyProxy:
         place = urlsplit(nats_url)
         self._server_at = (place.hostname, place.port)
         self._rng = rng
-        self._loss = loss
+        self.loss = loss
         self._late: list[tuple[int, bytes]] = []
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
@@ -46,7 +46,7 @@ class LossyProxy:
         await self._tasks.__aexit__(None, None, None)
 
     def calm(self) -> None:
-        self._loss = 0.0
+        self.loss = 0.0
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = self._tasks.create_task(self._connection(reader, writer))
@@ -83,13 +83,13 @@ class LossyProxy:
     def _delivered(self, message: bytes) -> list[bytes]:
         """What arrives now."""
         luck = self._rng.random()
-        if luck < self._loss:
+        if luck < self.loss:
             self.fates["lost"] += 1
             now = []
-        elif luck < 2 * self._loss:
+        elif luck < 2 * self.loss:
             self.fates["twice"] += 1
             now = [message, message]
-        elif luck < 3 * self._loss:
+        elif luck < 3 * self.loss:
             self.fates["late"] += 1
             self._late.append((_LATE, message))
             return []

@@ -7,11 +7,20 @@ line on standard input is a question, answered by one line of JSON: what is held
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # the package without its __init__, which takes a second for torch
+    sys.modules["flexkv"] = package = ModuleType("flexkv")
+    spec = importlib.util.find_spec("tests")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    package.__path__ = [str(Path(spec.submodule_search_locations[0]).parent / "flexkv")]
 
 from flexkv.events.nats import NatsSink
 from flexkv.replay.deployment import Router
@@ -44,7 +53,7 @@ async def engine(seed: int, worker_id: int) -> None:
     stock.sink = NatsSink(config)
     async with asyncio.TaskGroup() as tasks:
         await stock.sink.start(stock.log, tasks)
-        busy = tasks.create_task(keep_busy(stock))
+        busy = tasks.create_task(stock.keep_busy())
 
         async def answer(question: str) -> Held:
             if question == "stop":
@@ -54,13 +63,6 @@ async def engine(seed: int, worker_id: int) -> None:
         await answer_questions(answer)
         busy.cancel()
         await stock.sink.close()
-
-
-async def keep_busy(stock: Stock) -> None:
-    while True:
-        for _ in range(stock.rng.randrange(1, 5)):
-            stock.step()
-        await asyncio.sleep(stock.rng.uniform(0, 0.1))
 
 
 async def router() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flexkv.events.types import Event
 
 TOKENS_PER_BLOCK = 16
+BURST = 0.15
 _NAMES = {"host_pinned": Tier.HOST, "disk": Tier.SSD}
 
 Held = dict[str, set[int]]
@@ -32,8 +34,8 @@ class Stock:
     def __init__(self, seed: int, *, ring: int | None = None) -> None:
         self.rng = random.Random(f"{seed} stock")
         self._tiers = {
-            Tier.HOST: TierIndex(Tier.HOST, 150, evict_ratio=0.1),
-            Tier.SSD: TierIndex(Tier.SSD, 300, evict_ratio=0.1),
+            Tier.HOST: TierIndex(Tier.HOST, 400, evict_ratio=0.1),
+            Tier.SSD: TierIndex(Tier.SSD, 800, evict_ratio=0.1),
         }
         ring = ring or self.rng.choice([20, 200, 5000])  # some gaps need a dump
         self.log = EventLog(ring=ring, max_event_blocks=8, walk=self._walk)
@@ -56,11 +58,11 @@ class Stock:
         """One change, and its event."""
         tier = self._tiers[self.rng.choice([Tier.HOST, Tier.SSD])]
         luck, blocks = self.rng.random(), self.chain()
-        if luck < 0.01:
+        if luck < 0.002:
             for each in self._tiers.values():
                 each.clear()
             self._emit([AllBlocksCleared()])
-        elif luck < 0.15:
+        elif luck < 0.08:
             self._emit(tier.lose(blocks))
         else:
             try:
@@ -69,6 +71,16 @@ class Stock:
                 return
             self._emit(removed)
             self._emit(tier.commit(reservation))
+
+    async def keep_busy(self) -> None:
+        """Go on stepping, now and then in a burst of as many messages."""
+        while True:
+            num_steps = self.rng.choice([1, 2, 4, 100 if self.rng.random() < BURST else 1])
+            for _ in range(num_steps):
+                self.step()
+                if num_steps > 4:
+                    await asyncio.sleep(0.001)
+            await asyncio.sleep(self.rng.uniform(0, 0.1))
 
     def held(self) -> Held:
         return {
