@@ -235,24 +235,17 @@ def _block_rows(blocks: Blocks) -> bytes:
             row_parts += (b"\x93\xcf", blocks.key(i)[-8:])
             row_parts += (b"\xcf", tokens[i].to_bytes(8, "big"), b"\xc0")
         return b"".join(row_parts)
-    rows = np.empty(len(blocks), _BLOCK_ROW)
-    rows["open"] = 0x93
-    rows["hash_is"] = rows["tokens_is"] = 0xCF
-    rows["hash"] = blocks.router_hashes()
+    width = blocks.key_nbytes
+    keys = np.frombuffer(blocks.packed_keys(), np.uint8).reshape(-1, width)
+    rows = np.repeat(_BLOCK_ROW, len(blocks))
+    rows["hash"] = keys[:, width - 8 :]
     rows["tokens"] = tokens_hashes(blocks)
-    rows["nil"] = 0xC0
     return array_header(len(blocks)) + rows.tobytes()
 
 
-_BLOCK_ROW = np.dtype(
-    [
-        ("open", "u1"),
-        ("hash_is", "u1"),
-        ("hash", ">u8"),
-        ("tokens_is", "u1"),
-        ("tokens", ">u8"),
-        ("nil", "u1"),
-    ]
+_BLOCK_ROW = np.array(
+    [(b"\x93\xcf", [0] * 8, 0xCF, 0, 0xC0)],
+    [("open", "S2"), ("hash", "u1", 8), ("tokens_is", "u1"), ("tokens", ">u8"), ("nil", "u1")],
 )
 
 
