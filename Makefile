@@ -14,8 +14,8 @@ REPLAY_ARGS ?= --workers 2 --requests 2000 --json
 BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/vllm_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
-PARTS := index install vllm trace
-PART  ?= index install$(if $(TRACE), trace)
+PARTS := index feed install vllm trace
+PART  ?= index feed install$(if $(TRACE), trace)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -57,6 +57,10 @@ nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
 nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model, 1,000 seeds of the engine
 	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py \
 	  tests/engine/test_engine_simulation.py $(PYTEST_ARGS)
+
+nightly-feed: $(VENV)/.dev ## 2,000 seeds of the feed through a lossy proxy, 200 with killed processes (25 minutes)
+	FLEXKV_FEED_FUZZ=nightly $(BIN)/pytest --timeout=0 tests/dynamo/test_fuzz.py \
+	  tests/dynamo/test_fuzz_kills.py $(PYTEST_ARGS)
 
 nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages (4 GB of disk for a while)
 	tests/install/check_install.sh vllm $(PYTHON)

@@ -40,21 +40,16 @@ class _Source:
     """An event log of chains that are stored and never removed."""
 
     def __init__(self) -> None:
-        self._log = EventLog(ring=4 * _OUTBOX, max_event_blocks=512)
         self._stored: list[BlockStored] = []
-        self.since = self._log.since
-
-    @property
-    def last_id(self) -> int:
-        return self._log.last_id
-
-    def dump(self) -> tuple[int, Iterator[BlockStored]]:
-        return self.last_id, iter(list(self._stored))
+        self.log = EventLog(ring=4 * _OUTBOX, max_event_blocks=512, walk=self._walk)
 
     def store(self, blocks: Blocks) -> None:
         event = BlockStored(blocks, Tier.HOST)
         self._stored.append(event)
-        self._log.append([event])
+        self.log.append([event])
+
+    def _walk(self) -> Iterator[BlockStored]:
+        return iter(list(self._stored))
 
 
 class _Feed:
@@ -110,15 +105,16 @@ class _Feed:
         return sum([len(blocks) - await self.num_visible(blocks) for blocks in chains])
 
     async def until_settled(self) -> None:
-        """The two resyncs of the start are done."""
+        """The router has asked for what was before it."""
         async with asyncio.timeout(_DEADLINE_S):
             while True:
-                if self.num_resyncs() == 2:
+                if self._sink.stats().counts.get("dumps"):
                     return
                 await asyncio.sleep(0.1)
 
-    def num_resyncs(self) -> int:
-        return sum(self._sink.stats().resyncs.values())
+    def num_gaps(self) -> int:
+        counts = self._sink.stats().counts
+        return counts.get("gaps", 0) + counts.get("overflows", 0)
 
 
 def _chains(num_chains: int, num_blocks: int) -> list[Blocks]:
@@ -135,14 +131,14 @@ async def _measure(feed: _Feed, report: Report, num_blocks: int) -> None:
     num_chains = (5_000 if report.quick else 20_000) // (1 if num_blocks == 1 else 4)
     rates = []
     num_missing = 0
-    before = feed.num_resyncs()
+    before = feed.num_gaps()
     for _ in range(num_repeats):
         chains = _chains(num_chains, num_blocks)
         rates.append(num_chains * num_blocks / await feed.flood_s(chains))
         num_missing += await feed.num_missing(chains)
     report.add(f"sustained, {label}", median(rates), "blocks/s", better="higher")
     report.add(f"missing, {label}", num_missing, "blocks", target=0)
-    report.add(f"resyncs, {label}", feed.num_resyncs() - before, "", target=0)
+    report.add(f"gaps, {label}", feed.num_gaps() - before, "", target=0)
 
 
 async def _main(report: Report) -> None:
@@ -167,7 +163,7 @@ async def _main(report: Report) -> None:
         )
         source = _Source()
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        await sink.start(source, tasks)
+        await sink.start(source.log, tasks)
         stack.push_async_callback(sink.close)
         feed = _Feed(source, sink, router, worker.worker_id)
         await feed.until_settled()

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, PrivateAttr
+from pydantic import PrivateAttr
 
 from flexkv.config_checks import InvalidError, Problem, Settings, listed, setting, shown
+from flexkv.config_events import EventsConfig as EventsConfig  # noqa: PLC0414  # known from here
 from flexkv.config_sources import PATH_VARIABLE, Draft, path_of, read_mapping
+from flexkv.config_values import MAX_SOCKET_PATH, Text, is_endpoint, require, split_at
 from flexkv.errors import ConfigError
 
 DEFAULT_NUM_CPU_BLOCKS = 10240
@@ -21,67 +22,12 @@ _NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 _MAX_BLOCKS = 2**40
 _MAX_NBYTES = 2**50
 _MAX_S = 86400
-_MAX_SOCKET_PATH = 107  # bytes; Linux's sun_path, less the NUL
-
-
-def _split(separator: str) -> BeforeValidator:
-    def texts(value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(separator) if part.strip())
-        return tuple(value) if isinstance(value, list) else value
-
-    return BeforeValidator(texts)
-
-
-def _require(good: Any) -> AfterValidator:
-    def check(value: object) -> object:
-        if value is not None and not good(value):
-            raise ValueError
-        return value
-
-    return AfterValidator(check)
-
-
-def _is_text(text: str) -> bool:
-    return bool(text.encode()) and "\0" not in text
-
-
-def _is_clean(text: str) -> bool:
-    return bool(text) and text.isprintable() and not any(c.isspace() for c in text)
-
-
-def _is_endpoint(text: str) -> bool:
-    if text.startswith("ipc://") and text.isprintable():
-        return 0 < len(os.fsencode(text.removeprefix("ipc://"))) <= _MAX_SOCKET_PATH
-    if not _is_clean(text):
-        return False
-    parts = urlsplit(text)
-    return parts.scheme == "tcp" and bool(parts.hostname and parts.port and not parts.path)
-
-
-def _are_servers(servers: tuple[str, ...]) -> bool:
-    for server in servers:
-        if not _is_clean(server):
-            return False
-        parts = urlsplit(server)
-        is_bare = parts.path in {"", "/"} and parts.username is None and parts.port != 0
-        if parts.scheme not in {"nats", "tls"} or not parts.hostname or not is_bare:
-            return False
-    return bool(servers)
-
-
-def _is_subject(text: str) -> bool:
-    return _is_clean(text) and all(text.split(".")) and not set(text) & set("*>/")
-
-
-_Text = Annotated[str, _require(_is_text)]
-_Subject = Annotated[str, _require(_is_subject)]
 
 
 class CacheConfig(Settings):
     """How much each tier holds, and when it makes room."""
 
-    enable_cpu: Annotated[bool, _require(bool)] = setting(
+    enable_cpu: Annotated[bool, require(bool)] = setting(
         "the host tier", default=True, allowed="true: every other tier needs the host tier"
     )
     enable_ssd: bool = setting("the SSD tier", default=False, later=(True,))
@@ -111,7 +57,7 @@ class CacheConfig(Settings):
         ge=1,
         le=_MAX_NBYTES,
     )
-    ssd_cache_dir: Annotated[tuple[_Text, ...], _split(";")] = setting(
+    ssd_cache_dir: Annotated[tuple[Text, ...], split_at(";")] = setting(
         "folders of the SSD tier",
         default=(),
         allowed='a text (";" between several), or a list of texts',
@@ -184,95 +130,6 @@ class TransfersConfig(Settings):
         ]
 
 
-class EventsConfig(Settings):
-    """Who hears what the tiers hold, and how."""
-
-    sink: Literal["auto", "vllm", "nats", "zmq", "none"] = setting(
-        "who carries the events; `auto`: `nats` if `worker_id` is known and `event_plane` is "
-        "`nats`, else `none`; under vLLM with its own KV events on: `vllm`",
-        default="auto",
-        later=("zmq",),
-    )
-    event_plane: Literal["nats", "zmq"] | None = setting(
-        "the event plane of the Dynamo deployment; its own default is `zmq`", default=None
-    )
-    nats_servers: Annotated[tuple[str, ...], _split(","), _require(_are_servers)] = setting(
-        "NATS servers",
-        default=("nats://127.0.0.1:4222",),
-        allowed="nats://HOST:PORT or tls://HOST:PORT without credentials, or a list of them",
-    )
-    nats_user: _Text | None = setting("user name; needs `nats_password`", default=None)
-    nats_password: _Text | None = setting("password of `nats_user`", default=None, secret=True)
-    nats_token: _Text | None = setting("token, instead of a user", default=None, secret=True)
-    nats_creds: _Text | None = setting("credentials file, instead of a user or token", default=None)
-    nats_tls_ca: _Text | None = setting("file with the authority of the server", default=None)
-    nats_tls_cert: _Text | None = setting("file with our certificate", default=None)
-    nats_tls_key: _Text | None = setting("file with the key of `nats_tls_cert`", default=None)
-    nats_required: bool = setting(
-        "an unreachable server is an error at start; false: a warning, and it is tried again",
-        default=True,
-    )
-    connect_timeout_s: float = setting(
-        "how long the start waits for NATS", default=5.0, gt=0, le=_MAX_S
-    )
-    namespace: _Subject = setting("of the Dynamo worker", default="dynamo", allowed="a Dynamo name")
-    component: _Subject = setting(
-        "of the Dynamo worker", default="backend", allowed="a Dynamo name"
-    )
-    endpoint: _Subject = setting(
-        "of the Dynamo worker", default="generate", allowed="a Dynamo name"
-    )
-    worker_id: int | None = setting(
-        "of the Dynamo worker; needed where the sink is `nats`", default=None, ge=0, le=2**64 - 1
-    )
-    dp_rank: int = setting("data-parallel rank of the worker", default=0, ge=0, le=2**32 - 1)
-    discovery: Literal["file", "etcd"] = setting(
-        "where the router looks for sources", default="file", later=("etcd",)
-    )
-    discovery_path: _Text | None = setting(
-        "folder of the file discovery; as in Dynamo, `$TMPDIR/dynamo_store_kv` if not given",
-        default=None,
-    )
-    outbox: int = setting(
-        "blocks that may wait for the publisher before it falls back to a resync",
-        default=65536,
-        ge=1,
-        le=2**32,
-    )
-    ring: int = setting(
-        "blocks named by the events that are kept for catching up", default=262144, ge=1, le=2**32
-    )
-    max_event_blocks: int = setting("blocks that one event may name", default=512, ge=1, le=65536)
-    reconnect_resync_s: float = setting(
-        "from a reconnect to the resync; the router takes up to 4 s", default=5.0, ge=0, le=_MAX_S
-    )
-    close_timeout_s: float = setting(
-        "how long closing waits for the last events", default=2.0, gt=0, le=_MAX_S
-    )
-
-    def effective_sink(self) -> Literal["nats", "none"]:
-        """The sink of an embedded engine, with ``auto`` decided."""
-        if self.sink == "auto":
-            known = self.worker_id is not None and self.event_plane == "nats"
-            return "nats" if known else "none"
-        return "nats" if self.sink == "nats" else "none"
-
-    def _conflicts(self) -> list[Problem]:
-        problems = []
-        if self.sink == "nats" and self.worker_id is None:
-            need = "it needs a worker_id (or DYN_FPM_WORKER_ID)"
-            problems.append(Problem(("sink",), f'is "nats": {need}'))
-        for pair in (("nats_user", "nats_password"), ("nats_tls_cert", "nats_tls_key")):
-            given = [field for field in pair if getattr(self, field) is not None]
-            if len(given) == 1:
-                missing = next(field for field in pair if field not in given)
-                problems.append(Problem((given[0],), f"needs {missing} beside it"))
-        ways = ("nats_user", "nats_token", "nats_creds")
-        if len(given := [way for way in ways if getattr(self, way) is not None]) > 1:
-            problems.append(Problem(tuple(given), "exclude each other: give one of them"))
-        return problems
-
-
 _AnySettings = TypeVar("_AnySettings", bound=Settings)
 
 
@@ -284,10 +141,10 @@ class Config(Settings):
     """
 
     enable_flexkv: bool = setting("false: nothing is kept and nothing is announced", default=True)
-    server_recv_port: Annotated[str, _require(_is_endpoint)] | None = setting(
+    server_recv_port: Annotated[str, require(is_endpoint)] | None = setting(
         "where the engine listens for GPU workers",
         default=None,
-        allowed=f"ipc://PATH (at most {_MAX_SOCKET_PATH} bytes) or tcp://HOST:PORT",
+        allowed=f"ipc://PATH (at most {MAX_SOCKET_PATH} bytes) or tcp://HOST:PORT",
     )
     num_log_interval_requests: int = setting(
         "requests between two lines of statistics in the log; 0: none", default=200, ge=0, le=2**32

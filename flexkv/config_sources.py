@@ -59,6 +59,8 @@ DYNAMO_VARIABLES = {
     "DYN_FILE_KV": "discovery_path",
     "DYN_FPM_WORKER_ID": "worker_id",
     "DYN_NAMESPACE": "namespace",
+    "DYN_REQUEST_PLANE": "request_plane",
+    "DYN_TCP_RPC_HOST": "recovery_host",
     "NATS_SERVER": "nats_servers",
     "NATS_TLS_CA_CERT_PATH": "nats_tls_ca",
     "NATS_TLS_CLIENT_CERT_PATH": "nats_tls_cert",
@@ -78,10 +80,6 @@ _CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds")
 
 LATER_KEYS = frozenset(
     {
-        "heartbeat_s",
-        "recovery_callback_hosts",
-        "recovery_host",
-        "recovery_port",
         "zmq_endpoint",
         "zmq_replay_endpoint",
     }

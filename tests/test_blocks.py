@@ -77,3 +77,21 @@ def test_a_layout_knows_the_bytes_of_a_block() -> None:
     assert layout.block_nbytes == 32 * 2 * 16 * 8 * 128 * 2
     with pytest.raises(LayoutError, match="num_ranks is 0"):
         KVLayout(tokens_per_block=16, block_nbytes=1, num_ranks=0)
+
+
+def test_blocks_with_extra_keys_and_what_follows_them_are_not_plain() -> None:
+    keys = b"".join(bytes([i]) * 32 for i in range(6))
+    extra = (None, None, ("image", 0), None, None, None)
+    blocks = Blocks(keys, bytes(4 * 6), tokens_per_block=1, extra_keys=extra)
+    assert blocks.num_plain == 2
+    assert blocks[:1].num_plain == 1
+    assert blocks[1:4].num_plain == 1
+    assert blocks[1:4].extra_keys == (None, ("image", 0), None)
+    tail = blocks[4:].compact()  # its own extra keys are gone, and yet it follows some
+    assert (tail.num_plain, blocks[4:].num_plain, blocks[2:].compact().num_plain) == (0, 0, 0)
+    assert blocks[:2].compact().num_plain == 2
+
+
+def test_extra_keys_that_do_not_go_with_the_blocks_are_refused() -> None:
+    with pytest.raises(LayoutError, match="1 extra keys do not go with 2 blocks"):
+        Blocks(bytes(64), bytes(8), tokens_per_block=1, extra_keys=(None,))

@@ -319,7 +319,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        host, counts = self._host.stats(), self._counts
+        host, counts = self._host.stats(self._events.digests()[Tier.HOST]), self._counts
         return EngineStats(
             tiers={Tier.HOST: host},
             num_requests=counts["requests"],

@@ -98,14 +98,15 @@ class SharedIndex:
         with self._lock:
             return self._index.residency()
 
-    def stats(self) -> TierStats:
-        """The tier's numbers."""
+    def stats(self, digest: object) -> TierStats:
+        """The tier's numbers; ``digest`` is that of what is resident."""
         index = self._index
         with self._lock:
             return TierStats(
                 num_slots=index.num_slots,
                 num_resident=index.num_resident,
                 num_free=index.num_free,
+                digest=str(digest),
                 num_stored=index.num_stored,
                 num_evicted=index.num_evicted,
             )

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
-    """One tier now (``num_slots`` to ``num_free``), and ever (the rest)."""
+    """One tier now (``num_slots`` to ``digest``), and ever (the rest).
+
+    ``digest``: of what was announced of it; equal for equal contents, however they came about.
+    """
 
     num_slots: int
     num_resident: int
     num_free: int
+    digest: str
     num_stored: int
     num_evicted: int
 

@@ -7,14 +7,15 @@ import json
 import os
 import secrets
 import threading
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flexkv.errors import FeedError
+from flexkv.events import ownership
 from flexkv.events.dynamo import TOPIC
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from flexkv.events.dynamo import WorkerRank
 
@@ -42,39 +43,86 @@ class WorkerCard:
             return False
 
 
+def source_key(worker: WorkerRank, publisher_id: int) -> str:
+    """Under which key of its ``event_sources`` discovery keeps a source."""
+    return (
+        f"namespace/{worker.namespace}/component/{worker.component}"
+        f"/endpoint/{worker.endpoint}/topic/{TOPIC}/{publisher_id:x}"
+    )
+
+
+def source_record(
+    worker: WorkerRank, publisher_id: int, recovery_address: str | None
+) -> dict[str, Any]:
+    """What discovery says of a source. ``recovery_address``: where it can be asked for the past."""
+    where = {
+        "namespace": worker.namespace,
+        "component": worker.component,
+        "name": worker.endpoint,
+    }
+    metadata: dict[str, Any] = {
+        "kv_state_endpoint": where,
+        "worker": {"worker_id": worker.worker_id, "dp_rank": worker.dp_rank},
+        "publisher_id": publisher_id,
+        ownership.OWNER: ownership.this_process(),
+    }
+    if recovery_address is not None:
+        metadata["recovery_target"] = {
+            "component": worker.component,
+            "endpoint": _recovery_endpoint(publisher_id),
+            "namespace": worker.namespace,
+            "instance_id": publisher_id,
+            "transport": {"tcp": f"{recovery_address}/{recovery_path(worker, publisher_id)}"},
+            "device_type": "cuda",
+            "request_plane_codec": "msgpack",
+        }
+    return {
+        "type": "EventSource",
+        "scope": {"kind": "endpoint", "endpoint": where},
+        "topic": TOPIC,
+        "publisher_id": publisher_id,
+        "metadata": metadata,
+    }
+
+
+def recovery_path(worker: WorkerRank, publisher_id: int) -> str:
+    """What a router asks for at the recovery address: one source of maybe several there."""
+    endpoint = _recovery_endpoint(publisher_id)
+    return f"{publisher_id:x}/{worker.namespace}/{worker.component}/{endpoint}"
+
+
+def _recovery_endpoint(publisher_id: int) -> str:
+    return f"worker_kv_query_source_{publisher_id:x}"
+
+
 class FileRecord:
-    """One live-only event source of (worker, data-parallel rank), as file discovery keeps it.
+    """The record of one event source of (worker, data-parallel rank), as file discovery keeps it.
 
     A router that sees the record reads what ``publisher_id`` publishes. There must be no other
     source for the same worker and rank: it would make the router believe neither.
     """
 
-    def __init__(self, folder: Path, worker: WorkerRank, publisher_id: int) -> None:
-        where = {
-            "namespace": worker.namespace,
-            "component": worker.component,
-            "name": worker.endpoint,
-        }
-        key = (
-            f"namespace/{worker.namespace}/component/{worker.component}"
-            f"/endpoint/{worker.endpoint}/topic/{TOPIC}/{publisher_id:x}"
-        )
-        self.path = folder / "v1" / "event_sources" / escaped(key)
-        self._content = json.dumps(
-            {
-                "type": "EventSource",
-                "scope": {"kind": "endpoint", "endpoint": where},
-                "topic": TOPIC,
-                "publisher_id": publisher_id,
-                "metadata": {
-                    "kv_state_endpoint": where,
-                    "worker": {"worker_id": worker.worker_id, "dp_rank": worker.dp_rank},
-                    "publisher_id": publisher_id,
-                },
-            }
-        )
+    def __init__(
+        self,
+        folder: Path,
+        worker: WorkerRank,
+        publisher_id: int,
+        recovery_address: str | None = None,
+    ) -> None:
+        self._worker = worker
+        self._publisher_id = publisher_id
+        self.path = folder / "v1" / "event_sources" / escaped(source_key(worker, publisher_id))
+        self._content = json.dumps(source_record(worker, publisher_id, recovery_address))
         self._is_written = self._is_removed = False
         self._lock = threading.Lock()  # a write whose waiter was cancelled goes on in its thread
+
+    async def claim(self) -> None:
+        """Show the record, as the only one of its worker and rank: those of the dead are removed.
+
+        Raises:
+            FeedError: the folder does not take it, or somebody else's record is there. Ours isn't.
+        """
+        await self._in_thread(self._claim)
 
     async def write(self) -> None:
         """Show the record, whole from the first moment.
@@ -105,6 +153,23 @@ class FileRecord:
                 "Name a folder that this process may write to and that the routers share "
                 "(Dynamo's own is DYN_FILE_KV)"
             ) from error
+
+    def _claim(self) -> None:
+        self._remove_the_dead()
+        self._write()
+        try:
+            self._remove_the_dead()  # again: two may have come at once
+        except FeedError:
+            self._remove()
+            raise
+
+    def _remove_the_dead(self) -> None:
+        records = ownership.live_records(self.path.parent)
+        for name, record in ownership.rivals(records, self._worker, self._publisher_id):
+            owner = record["metadata"].get(ownership.OWNER)
+            if not isinstance(owner, dict) or not ownership.is_gone(owner):
+                raise ownership.refusal(record, self._worker, name)
+            Path(name).unlink(missing_ok=True)
 
     def _write(self) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from flexkv.events.types import AllBlocksCleared
+from flexkv.events.types import AllBlocksCleared, changes
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
@@ -61,7 +61,7 @@ class ListSink:
             self._last_id, resident = self._source.dump()
             self.events += [AllBlocksCleared(), *resident]
         else:
-            self.events.extend(entry.event for entry in entries)
+            self.events.extend(entry.event for entry in entries if changes(entry.event))
             self._last_id = self._source.last_id
 
     async def close(self) -> None:

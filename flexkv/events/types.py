@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from flexkv.blocks import Blocks, Tier
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from flexkv.blocks import Blocks, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,34 @@ class AllBlocksCleared:
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+NOTHING = BlockRemoved(Blocks(b"", b"", tokens_per_block=1), Tier.HOST)
+"""An event that takes a number and changes nothing."""
+
+HOLE = BlockRemoved(Blocks(b"", b"", tokens_per_block=1), Tier.HOST)
+"""As NOTHING, and never sent. Known by identity."""
+
+
+def num_named(event: Event) -> int:
+    """How many blocks ``event`` names; a clear names none."""
+    return 0 if isinstance(event, AllBlocksCleared) else len(event.blocks)
+
+
+def changes(event: Event) -> bool:
+    """Whether ``event`` names a block, or all of them."""
+    return isinstance(event, AllBlocksCleared) or len(event.blocks) > 0
+
+
+def plain(event: Event) -> Event:
+    """What of ``event`` tokens, tenant and adapter tell: all that a router can know of.
+
+    It ends before the first block with multimodal inputs or prompt embeddings.
+    """
+    if isinstance(event, AllBlocksCleared) or event.blocks.num_plain == len(event.blocks):
+        return event
+    if not event.blocks.num_plain:
+        return NOTHING
+    return type(event)(event.blocks[: event.blocks.num_plain], event.tier)
 
 
 def split(event: Event, limit: int) -> Iterator[Event]:

@@ -30,9 +30,9 @@ from flexkv.link.messages import (
     unpack_ids,
     unpack_slots,
 )
-from flexkv.link.process import Process, host_name, machine_id
 from flexkv.link.sockets import LINGER_MS, end_context, new_context, new_socket, receiving, send_now
 from flexkv.link.waiting import until_done
+from flexkv.process import Process, host_name, machine_id
 from flexkv.tiers.host import HostPool
 
 if TYPE_CHECKING:

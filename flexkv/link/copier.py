@@ -17,8 +17,8 @@ from flexkv.link.messages import (
     pack_ids,
     pack_slots,
 )
-from flexkv.link.process import Process
 from flexkv.link.waiting import until_done
+from flexkv.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

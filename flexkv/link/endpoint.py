@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.link.errors import EndpointTakenError, LinkError
-from flexkv.link.process import host_name
+from flexkv.process import host_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -26,9 +26,9 @@ from flexkv.link.messages import (
     reason_of,
     version_of,
 )
-from flexkv.link.process import host_name, machine_id
 from flexkv.link.residency import chunks_of
 from flexkv.link.sockets import LINGER_MS, end_context, new_context, new_socket, send_now
+from flexkv.process import host_name, machine_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable

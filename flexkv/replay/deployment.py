@@ -67,15 +67,19 @@ def dynamo_environment(nats_url: str, discovery_path: Path) -> Iterator[None]:
 class NatsServer:
     """A nats-server on a free port of 127.0.0.1, for as long as the ``async with`` lasts.
 
+    ``arguments``: more of them; ``-m -1`` gives it a ``monitoring_url``.
+
     Raises:
         FeedError: there is no nats-server program, or it was not ready in time.
     """
 
-    def __init__(self, *, deadline_s: float = 10.0) -> None:
+    def __init__(self, *arguments: str, deadline_s: float = 10.0) -> None:
+        self._arguments = arguments
         self._deadline_s = deadline_s
         self._folder = Path()
         self._process: asyncio.subprocess.Process | None = None
         self.url = ""
+        self.monitoring_url = ""
 
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="flexkv-nats-"))
@@ -102,7 +106,7 @@ class NatsServer:
         ports = ["--ports_file_dir", str(self._folder)]
         log = ["-l", str(self._folder / "nats.log")]
         self._process = await asyncio.create_subprocess_exec(
-            _nats_program(), "-a", "127.0.0.1", "-p", port, *ports, *log
+            _nats_program(), "-a", "127.0.0.1", "-p", port, *ports, *log, *self._arguments
         )
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -124,7 +128,9 @@ class NatsServer:
         written = self._folder / f"nats-server_{process.pid}.ports"
         while process.returncode is None:
             with contextlib.suppress(OSError, ValueError):  # not there yet, or half of it
-                return str(json.loads(written.read_text())["nats"][0])
+                urls = json.loads(written.read_text())
+                self.monitoring_url = str(urls.get("monitoring", [""])[0])
+                return str(urls["nats"][0])
             await asyncio.sleep(_POLL_S)
         log = (self._folder / "nats.log").read_text(errors="replace")
         raise FeedError(f"nats-server ended at once, with status {process.returncode}: {log}")
@@ -146,11 +152,13 @@ class FakeWorker:
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
+        num_ranks: int = 1,
         deadline_s: float = 30.0,
     ) -> None:
         self._variables = dynamo_variables(nats_url, discovery_path)
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
+        self._num_ranks = num_ranks
         self._deadline_s = deadline_s
         self._folder = Path()
         self._process: asyncio.subprocess.Process | None = None
@@ -158,8 +166,10 @@ class FakeWorker:
 
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="flexkv-worker-"))
-        program = [sys.executable, "-m", "flexkv.replay.worker_card"]
-        arguments = [self._endpoint, str(self._tokens_per_block), str(self._folder / "model")]
+        # as a file: it needs nothing of flexkv, whose import takes a second
+        program = [sys.executable, "-P", str(Path(__file__).with_name("worker_card.py"))]
+        sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
+        arguments = [self._endpoint, *sizes]
         pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(
             *program, *arguments, stdin=pipe, stdout=pipe, env=os.environ | self._variables

@@ -76,7 +76,7 @@ async def _input_closed() -> None:
     await reader.read()
 
 
-async def _serve(endpoint_path: str, tokens_per_block: int, model: Path) -> None:
+async def _serve(endpoint_path: str, tokens_per_block: int, model: Path, num_ranks: int) -> None:
     from dynamo.llm import (  # noqa: PLC0415  # the `demo` extra, needed by this program alone
         ModelInput,
         ModelRuntimeConfig,
@@ -90,6 +90,7 @@ async def _serve(endpoint_path: str, tokens_per_block: int, model: Path) -> None
     endpoint = runtime.endpoint(endpoint_path)
     card = ModelRuntimeConfig()
     card.total_kv_blocks = 1000
+    card.data_parallel_size = num_ranks
     card.max_num_seqs = 64
     card.max_num_batched_tokens = 8192
     await register_model(
@@ -117,10 +118,13 @@ def main() -> None:
     parser.add_argument("endpoint", help="namespace.component.endpoint")
     parser.add_argument("tokens_per_block", type=int)
     parser.add_argument("model", type=Path, help="folder for the model's files")
+    parser.add_argument("num_ranks", type=int, help="data-parallel ranks")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     write_model(arguments.model)
-    asyncio.run(_serve(arguments.endpoint, arguments.tokens_per_block, arguments.model))
+    asyncio.run(
+        _serve(arguments.endpoint, arguments.tokens_per_block, arguments.model, arguments.num_ranks)
+    )
 
 
 if __name__ == "__main__":

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import TYPE_CHECKING
 
 from flexkv.blocks import Blocks, Tier
 from flexkv.config import EventsConfig
 from flexkv.events.log import EventLog
+from flexkv.events.nats import NatsSink
 from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
 from flexkv.hashing import blocks_of
 from flexkv.replay.deployment import Overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from flexkv.events.log import Entry
-    from flexkv.events.nats import NatsSink
     from flexkv.events.types import Event
     from flexkv.replay.deployment import Router
 
@@ -27,23 +27,16 @@ DEADLINE_S = 20.0
 
 
 class Shelf:
-    """Chains that are resident, per tier, as an ``EventSource``: the truth in its simplest form."""
+    """Chains that are resident, per tier, and their log: the truth in its simplest form."""
 
     def __init__(self, *, ring: int = 100_000, max_event_blocks: int = 512) -> None:
-        self.log = EventLog(ring=ring, max_event_blocks=max_event_blocks)
+        self.log = EventLog(ring=ring, max_event_blocks=max_event_blocks, walk=self._walk)
         self.sinks: list[NatsSink] = []
         self._held: dict[tuple[Tier, bytes], Blocks] = {}
 
-    @property
-    def last_id(self) -> int:
-        return self.log.last_id
-
-    def since(self, event_id: int) -> list[Entry] | None:
-        return self.log.since(event_id)
-
-    def dump(self) -> tuple[int, Iterator[BlockStored]]:
+    def _walk(self) -> Iterator[BlockStored]:
         held = [BlockStored(blocks, tier) for (tier, _), blocks in self._held.items()]
-        return self.log.last_id, iter(held)
+        return iter(held)
 
     def store(self, blocks: Blocks, tier: Tier = Tier.HOST, *, of: int | None = None) -> None:
         """The first ``of`` blocks of a chain, of which some may be there already."""
@@ -117,3 +110,24 @@ async def until_it_believes(
     except TimeoutError:
         wrong = [pair for pair in last if pair[0] != pair[1]]
         raise AssertionError(f"(belief, truth) after {deadline_s} s: {wrong}") from None
+
+
+@contextlib.asynccontextmanager
+async def feeding(shelf: Shelf, config: EventsConfig) -> AsyncIterator[NatsSink]:
+    sink = NatsSink(config)
+    shelf.sinks.append(sink)
+    async with asyncio.TaskGroup() as tasks:
+        await sink.start(shelf.log, tasks)
+        try:
+            yield sink
+        finally:
+            shelf.sinks.remove(sink)
+            await sink.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)

@@ -173,3 +173,17 @@ def test_the_subject_is_the_endpoints() -> None:
 def test_a_payload_is_an_array_of_any_length(length: int) -> None:
     message = codec().message([b"\xc0"] * length, 0)
     assert decoded(message)[1] == [None] * length
+
+
+def test_blocks_that_no_router_can_know_are_left_out_and_counted() -> None:
+    keys = b"".join(bytes([i]) * 32 for i in range(4))
+    extra = (None, None, ("image", 0), None)
+    blocks = Blocks(keys, bytes(4 * 4), tokens_per_block=1, extra_keys=extra)
+    codec = DynamoCodec(worker_id=1, dp_rank=0, publisher_id=2)
+    told = msgspec.msgpack.decode(codec.router_event(1, BlockStored(blocks, Tier.HOST)))
+    assert len(told["event"]["data"]["stored"]["blocks"]) == 2
+    assert codec.num_opaque == 2
+    tail = msgspec.msgpack.decode(codec.router_event(2, BlockStored(blocks[2:], Tier.HOST)))
+    assert tail["event"]["data"] == {"removed": {"block_hashes": []}}
+    gone = msgspec.msgpack.decode(codec.router_event(3, BlockRemoved(blocks, Tier.HOST)))
+    assert len(gone["event"]["data"]["removed"]["block_hashes"]) == 2

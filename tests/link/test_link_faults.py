@@ -32,7 +32,7 @@ from flexkv.link.messages import (
     decode,
     encode,
 )
-from flexkv.link.process import Process
+from flexkv.process import Process
 from flexkv.tiers.host import HostPool
 from tests.link.links import (
     BLOCK_NBYTES,

@@ -25,11 +25,11 @@ class Process:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._started = _start_of(pid)
+        self.started = _start_of(pid)
 
     def is_alive(self) -> bool:
         """A zombie is not: it runs no code and holds no memory."""
-        return self._started is not None and _start_of(self.pid) == self._started
+        return self.started is not None and _start_of(self.pid) == self.started
 
 
 def _start_of(pid: int) -> str | None:
