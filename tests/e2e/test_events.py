@@ -41,13 +41,13 @@ def test_the_stream_replays_to_what_is_resident(
         answer = bench.run(case)
     replay = Replay(subscriber.batches)
     assert subscriber.sequence == list(range(len(subscriber.sequence)))
-    assert replay.problems == []
     assert (
         replay.num_cleared > 0
     )  # the reset of the GPU's cache, which wipes every tier at a router
     held = {int(key[-16:], 16) for key in answer["residency"]["keys"]["HOST"]}
     assert len(held) > 30
     if connector != "multi":  # there vLLM's OffloadingConnector announces its own, too
+        assert replay.problems == []
         assert replay.media["CPU"] == held
     assert held <= replay.media["CPU"]
 

@@ -63,8 +63,11 @@ def test_outputs_are_the_same_in_a_tiny_pool_with_preemptions(bench: Bench, conn
     assert answer["reset"]["external"] > 0
 
 
-@pytest.mark.parametrize("connector", ["stock", "own", "multi"])
-@pytest.mark.parametrize("engine", [{}, TINY_POOL], ids=["roomy", "tiny"])
+@pytest.mark.parametrize(
+    ("connector", "engine"),
+    [("stock", {}), ("own", {}), ("multi", {}), ("stock", TINY_POOL), ("own", TINY_POOL)],
+    ids=["stock", "own", "multi", "stock-tiny", "own-tiny"],
+)
 def test_failed_loads_are_computed_again(
     bench: Bench, connector: str, engine: dict[str, Any]
 ) -> None:

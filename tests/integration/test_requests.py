@@ -81,4 +81,20 @@ def test_only_blocks_of_processed_tokens_are_storable(
         num_computed_tokens=num_computed,
         num_in_flight_tokens=num_in_flight,
     )
-    assert state_of(request).num_storable() == expected
+    state = state_of(request)
+    assert state.num_storable() == 0  # it has not been scheduled
+    state.is_running = True
+    assert state.num_storable() == expected
+
+
+def test_what_a_request_begins_with_is_storable_after_its_first_step() -> None:
+    request = Request(list(range(17)), num_computed_tokens=8)
+    state = state_of(request)
+    state.begin()
+    assert state.num_storable() == 0  # others may be computing it in this very step
+    request.num_computed_tokens, request.num_in_flight_tokens = 12, 4
+    assert state.num_storable() == 0
+    request.num_in_flight_tokens = 0
+    assert state.num_storable() == 3
+    state.restart()
+    assert state.num_storable() == 0

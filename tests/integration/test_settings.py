@@ -72,6 +72,17 @@ def test_each_data_parallel_rank_has_its_own_endpoint(configured: Any) -> None:
     assert endpoints == ["ipc:///tmp/x.dp0", "ipc:///tmp/x.dp1"]
 
 
+def test_ranks_of_a_dense_model_have_their_own_too(configured: Any) -> None:
+    configured({"server_recv_port": "ipc:///tmp/x"})
+    endpoints = []
+    for rank in (0, 1):  # each is told that it is alone
+        config = vllm_config(data_parallel_index=rank)
+        config.kv_transfer_config.engine_id = f"an-engine_dp{rank}"
+        endpoints.append(settings_of(config).endpoint)
+    assert endpoints == ["ipc:///tmp/x.dp0", "ipc:///tmp/x.dp1"]
+    assert settings_of(vllm_config(data_parallel_index=0)).endpoint == "ipc:///tmp/x"
+
+
 def test_blocks_that_span_ranks_or_hashes_are_declined() -> None:
     assert unsupported(vllm_config()) is None
     assert "decode_context" in str(unsupported(vllm_config(decode_context_parallel_size=2)))

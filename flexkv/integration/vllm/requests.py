@@ -29,6 +29,7 @@ class RequestState:
         self.pin: Lease | None = None
         self.is_counted = False
         self.is_running = False  # it has been scheduled since it last waited
+        self.num_begun_with = 0  # tokens that it did not compute itself since then
         self.is_loading = False
         self.was_promised = False  # a load, since it last ran
         self._keys = bytearray()
@@ -46,11 +47,23 @@ class RequestState:
         return self._chain.part(0, num_blocks)
 
     def num_storable(self) -> int:
-        """Blocks whose KV is written for sure: processed, not merely scheduled, tokens."""
+        """Blocks whose KV is written for sure: processed, not merely scheduled, tokens.
+
+        What a request begins with may be other requests' blocks that are being computed in the
+        very same step: it is written once a step of this request has been processed.
+        """
         request = self.request
         num_processed = request.num_computed_tokens - request.num_in_flight_tokens
+        if not self.is_running or num_processed <= self.num_begun_with:
+            return 0
         num_tokens: int = min(num_processed, request.num_tokens - 1)
         return max(0, num_tokens) // self.block_size
+
+    def begin(self) -> None:
+        """It is scheduled for the first time since it waited."""
+        self.is_running = True
+        self.was_promised = False
+        self.num_begun_with = self.request.num_computed_tokens
 
     def restart(self) -> None:
         """It waits, without GPU blocks: not scheduled yet, or preempted."""

@@ -146,8 +146,7 @@ class SchedulerRole:
     def _run(self, state: RequestState, block_state: Any) -> None:
         """The request runs in this step: store what is new; its chain is in use in any case."""
         if not state.is_running:
-            state.is_running = True
-            state.was_promised = False
+            state.begin()
             self._service.touch(state.chain())
         if state.num_storable() > state.num_handed:
             block_ids = block_state.get_block_ids(state.request.request_id)

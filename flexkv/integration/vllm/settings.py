@@ -41,7 +41,7 @@ def settings_of(vllm_config: Any) -> VllmSettings:
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     config = _for_vllm(Config.load(), block_size)
-    dp_rank = parallel.data_parallel_rank if parallel.data_parallel_size > 1 else None
+    dp_rank = _dp_rank(parallel, transfer.engine_id)
     endpoint = config.server_recv_port
     if endpoint is None:
         endpoint = default_endpoint(transfer.engine_id, dp_rank)
@@ -84,6 +84,16 @@ def warn_of_keys(vllm_config: Any) -> None:
             "every start of vLLM, so nothing is found again after a restart",
             algorithm,
         )
+
+
+def _dp_rank(parallel: Any, engine_id: str) -> int | None:
+    """The data-parallel rank; None where there is one rank only.
+
+    For a dense model vLLM tells each rank that it is alone; the index and the engine's id stay.
+    """
+    index: int = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    is_one_of_many = parallel.data_parallel_size > 1 or index > 0
+    return index if is_one_of_many or engine_id.endswith(f"_dp{index}") else None
 
 
 def _for_vllm(config: Config, block_size: int) -> Config:
