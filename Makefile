@@ -38,7 +38,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-e2e: $(E2E)/.made $(E2E_031)/.made ## Real vLLM 0.32 and 0.31; what needs flexkv's connector skips until it is there (PYTEST_ARGS="-k tiny" for some)
+e2e: $(E2E)/.made $(E2E_031)/.made ## Real vLLM 0.32 and 0.31, with flexkv and without (PYTEST_ARGS="-k tiny" for some)
 	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -n 2 --dist loadgroup -m "not nightly" tests/e2e $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --json")

@@ -114,6 +114,7 @@ def test_two_data_parallel_ranks_each_have_their_cache(
         server.reset()
         # a request may go to either rank, so not all of them hit
         again = [server.complete(text) for text in texts * 3]
+        log = server.process.log()
     assert [text for text, _ in again] == [text for text, _ in first] * 3
     assert sum(num_cached for _, num_cached in again) > 0
-    assert "the cache is off" not in server.process.log()
+    assert "the cache is off" not in log

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from flexkv.integration.vllm.feed import feed_of
+from flexkv.integration.vllm.log import join_vllms_log
 from flexkv.integration.vllm.metadata import FlexKVMetadata
 from flexkv.integration.vllm.scheduler import SchedulerRole
 from flexkv.integration.vllm.service import EngineService
@@ -38,6 +39,7 @@ class FlexKVConnectorV1Impl:
     _forwards_reset = False
 
     def __init__(self, vllm_config: Any, role: Any) -> None:
+        join_vllms_log()
         self._flexkv_config = vllm_config
         self._scheduler: SchedulerRole | None = None
         self._service: EngineService | None = None
