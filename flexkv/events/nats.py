@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.errors import EngineClosedError, FeedError
+from flexkv.events.audit import audit_subject, chunks
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard, recovery_path
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
 from flexkv.events.feed import RecoverableFeed
@@ -88,6 +89,8 @@ class NatsSink:
             worker_id=worker.worker_id, dp_rank=worker.dp_rank, publisher_id=self._publisher_id
         )
         self._link = link = NatsLink(settings, on_connect=self._on_connect, on_loss=self._on_loss)
+        subject = audit_subject(worker.namespace, worker.worker_id, worker.dp_rank)
+        link.serve(subject, lambda reply: self._audit(source, reply))
         try:
             if settings.request_plane in {None, "tcp"}:
                 feed = RecoverableFeed(settings, worker, codec, source, link)
@@ -146,6 +149,14 @@ class NatsSink:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=self._settings.close_timeout_s)
         await self._let_go()
+
+    async def _audit(self, source: EventSource, reply: str) -> None:
+        """Answer who compares routers with us."""
+        assert self._link is not None
+        for message in chunks(source, source.digests()):
+            if message and not await self._link.publish(reply, message):
+                return
+            await asyncio.sleep(0)
 
     async def _serve(self, feed: RecoverableFeed, tasks: asyncio.TaskGroup) -> None:
         if self._owns_recovery:
