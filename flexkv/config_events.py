@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from flexkv.config_checks import Problem, Settings, setting
-from flexkv.config_values import Subject, Text, are_servers, require, split_at
+from flexkv.config_values import (
+    ENDPOINTS,
+    Subject,
+    Text,
+    are_servers,
+    is_endpoint,
+    require,
+    split_at,
+)
 
 _MAX_S = 86400
 
@@ -17,7 +25,7 @@ class EventsConfig(Settings):
         "who carries the events; `auto`: `nats` if `worker_id` is known and `event_plane` is "
         "`nats`, else `none`",
         default="auto",
-        later=("vllm", "zmq"),
+        later=("vllm",),
     )
     event_plane: Literal["nats", "zmq"] | None = setting(
         "the event plane of the Dynamo deployment; its own default is `zmq`", default=None
@@ -97,12 +105,25 @@ class EventsConfig(Settings):
         "how long closing waits for the last events", default=2.0, gt=0, le=_MAX_S
     )
 
-    def effective_sink(self) -> Literal["nats", "none"]:
+    zmq_endpoint: Annotated[str, require(is_endpoint)] = setting(
+        "where the sink `zmq` publishes",
+        default="tcp://127.0.0.1:5557",
+        allowed=ENDPOINTS,
+    )
+    zmq_replay_endpoint: Annotated[str, require(is_endpoint)] | None = setting(
+        "where it is asked for what was missed; none: nowhere", default=None, allowed=ENDPOINTS
+    )
+    zmq_topic: str = setting("first frame of its messages", default="", allowed="any text")
+    zmq_buffer_bytes: int = setting(
+        "batches that it keeps for who has missed them", default=2**28, ge=1, le=2**50
+    )
+
+    def effective_sink(self) -> Literal["nats", "zmq", "none"]:
         """The sink of an embedded engine, with ``auto`` decided."""
         if self.sink == "auto":
             known = self.worker_id is not None and self.event_plane == "nats"
             return "nats" if known else "none"
-        return "nats" if self.sink == "nats" else "none"
+        return self.sink if self.sink in {"nats", "zmq"} else "none"
 
     def _conflicts(self) -> list[Problem]:
         problems = []

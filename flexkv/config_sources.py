@@ -76,14 +76,6 @@ DYNAMO_CREDENTIALS = (
 
 _CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds")
 
-LATER_KEYS = frozenset(
-    {
-        "zmq_endpoint",
-        "zmq_replay_endpoint",
-    }
-)
-"""Keys of ``events`` that a later version will know."""
-
 _SECTION_OF = {
     "cache": "cache",
     "cache_config": "cache",
@@ -161,16 +153,17 @@ class Draft:
                         self._fill(field, env[variable], variable)
                 return
 
-    def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "none"]) -> None:
+    def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "zmq", "none"]) -> None:
         """Find what Dynamo's variables ask for and ``sink`` can't do."""
         events = {field: value for field, (value, _) in self.given["events"].items()}
         plane = events.get("event_plane")
-        if sink == "none":
-            if events.get("worker_id") is not None and events.get("sink", "auto") == "auto":
-                self.notes.append(
-                    "no events are published: events.sink is auto, and the event plane "
-                    f'(DYN_EVENT_PLANE) is {shown(plane or "zmq")}, not "nats"'
-                )
+        is_auto = events.get("sink", "auto") == "auto"
+        if sink == "none" and is_auto and events.get("worker_id") is not None:
+            self.notes.append(
+                "no events are published: events.sink is auto, and the event plane "
+                f'(DYN_EVENT_PLANE) is {shown(plane or "zmq")}, not "nats"'
+            )
+        if sink != "nats":
             return
         if plane == "zmq":
             self.notes.append("events go to NATS; a router on the event plane zmq hears none")
@@ -200,8 +193,6 @@ class Draft:
             self._put(section, key, value, name)
         elif isinstance(key, str) and flat is not None and section in {"", flat.section}:
             self._take_flat(key, value, name)
-        elif section == "events" and key in LATER_KEYS:
-            self.problems.append(f"{name} is not in this version: remove it")
         else:
             hint = nearest(shown_key(key), self._names(section), self._names(None))
             self.problems.append(f"{name} is not a known key: {hint}")

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator
 
 MAX_SOCKET_PATH = 107  # bytes; Linux's sun_path, less the NUL
+ENDPOINTS = f"ipc://PATH (at most {MAX_SOCKET_PATH} bytes) or tcp://HOST:PORT"
 
 
 def split_at(separator: str) -> BeforeValidator:

@@ -348,9 +348,14 @@ class Engine:
         return (BlockStored(blocks, Tier.HOST) for blocks in self._host.walk())
 
     def _configured_sinks(self) -> list[EventSink]:
-        if self._config.events.effective_sink() == "none":
+        kind = self._config.events.effective_sink()
+        if kind == "none":
             return []
-        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # only who publishes needs it
+        if kind == "zmq":
+            from flexkv.events.zmq import ZmqSink  # noqa: PLC0415  # only who publishes needs it
+
+            return [ZmqSink(self._config.events)]
+        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # as above
 
         return [NatsSink(self._config.events)]
 

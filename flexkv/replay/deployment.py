@@ -139,7 +139,8 @@ class NatsServer:
 class FakeWorker:
     """A process that a router takes for a worker: it has a model card and no KV events.
 
-    ``endpoint``: namespace.component.endpoint. ``worker_id`` is known inside the ``async with``.
+    ``endpoint``: namespace.component.endpoint. ``relayed``: a ZMQ address from which Dynamo's
+    relay takes vLLM's event stream. ``worker_id`` is known inside the ``async with``.
 
     Raises:
         FeedError: it did not register in time.
@@ -153,12 +154,14 @@ class FakeWorker:
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
         num_ranks: int = 1,
+        relayed: str | None = None,
         deadline_s: float = 30.0,
     ) -> None:
         self._variables = dynamo_variables(nats_url, discovery_path)
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
         self._num_ranks = num_ranks
+        self._relayed = ["--zmq", relayed] if relayed is not None else []
         self._deadline_s = deadline_s
         self._folder = Path()
         self._process: asyncio.subprocess.Process | None = None
@@ -169,7 +172,7 @@ class FakeWorker:
         # as a file: it needs nothing of flexkv, whose import takes a second
         program = [sys.executable, "-P", str(Path(__file__).with_name("worker_card.py"))]
         sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
-        arguments = [self._endpoint, *sizes]
+        arguments = [self._endpoint, *sizes, *self._relayed]
         pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(
             *program, *arguments, stdin=pipe, stdout=pipe, env=os.environ | self._variables
