@@ -39,6 +39,9 @@ class EventsConfig(Settings):
     nats_password: Text | None = setting("password of `nats_user`", default=None, secret=True)
     nats_token: Text | None = setting("token, instead of a user", default=None, secret=True)
     nats_creds: Text | None = setting("credentials file, instead of a user or token", default=None)
+    nats_nkey: Text | None = setting(
+        "seed of an nkey, instead of a user, token or file", default=None, secret=True
+    )
     nats_tls_ca: Text | None = setting("file with the authority of the server", default=None)
     nats_tls_cert: Text | None = setting("file with our certificate", default=None)
     nats_tls_key: Text | None = setting("file with the key of `nats_tls_cert`", default=None)
@@ -135,7 +138,7 @@ class EventsConfig(Settings):
             if len(given) == 1:
                 missing = next(field for field in pair if field not in given)
                 problems.append(Problem((given[0],), f"needs {missing} beside it"))
-        ways = ("nats_user", "nats_token", "nats_creds")
+        ways = ("nats_user", "nats_token", "nats_creds", "nats_nkey")
         if len(given := [way for way in ways if getattr(self, way) is not None]) > 1:
             problems.append(Problem(tuple(given), "exclude each other: give one of them"))
         return problems

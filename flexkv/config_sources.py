@@ -69,12 +69,12 @@ DYNAMO_VARIABLES = {
 DYNAMO_CREDENTIALS = (
     {"NATS_AUTH_USERNAME": "nats_user", "NATS_AUTH_PASSWORD": "nats_password"},
     {"NATS_AUTH_TOKEN": "nats_token"},
-    {"NATS_AUTH_NKEY": ""},  # it comes third in Dynamo, and nothing here can use it
+    {"NATS_AUTH_NKEY": "nats_nkey"},
     {"NATS_AUTH_CREDENTIALS_FILE": "nats_creds"},
 )
 """Ways to authenticate: the first whose variables are all set is taken, as in Dynamo."""
 
-_CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds")
+_CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds", "nats_nkey")
 
 _SECTION_OF = {
     "cache": "cache",
@@ -149,8 +149,7 @@ class Draft:
         for way in DYNAMO_CREDENTIALS:
             if all(env.get(variable) for variable in way):
                 for variable, field in way.items():
-                    if field:
-                        self._fill(field, env[variable], variable)
+                    self._fill(field, env[variable], variable)
                 return
 
     def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "zmq", "none"]) -> None:
@@ -172,11 +171,6 @@ class Draft:
             self.problems.append(
                 f"{_named('DYN_DISCOVERY_BACKEND')} is {shown(backend)}: for events it must be "
                 '"file" in this version; else set events.sink to "none"'
-            )
-        if env.get("NATS_AUTH_NKEY") and not any(events.get(way) for way in _CREDENTIALS):
-            self.problems.append(
-                f"{_named('NATS_AUTH_NKEY')} is not in this version: use NATS_AUTH_TOKEN, "
-                "NATS_AUTH_CREDENTIALS_FILE, or a user name and password"
             )
         if env.get("NATS_TLS_INSECURE"):
             self.notes.append("NATS_TLS_INSECURE has no effect: certificates are always verified")

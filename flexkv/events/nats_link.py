@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import ssl
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import nats.errors
@@ -112,7 +115,7 @@ class NatsLink:
             else:
                 await self._closed.wait()
                 _log.warning("NATS has closed the connection: %r", self._last_error)
-                await asyncio.sleep(_RECONNECT_WAIT_S)
+                await asyncio.sleep(_jittered(_RECONNECT_WAIT_S))
 
     async def publish(self, to: str, message: bytes) -> bool:
         """Hand over one message; False if it is lost."""
@@ -158,7 +161,7 @@ class NatsLink:
         except (*_CONNECTION_ERRORS, FeedError) as error:
             _log.warning("can't connect to NATS: %r", error)
             self._closed.set()
-            await asyncio.sleep(_RECONNECT_WAIT_S)
+            await asyncio.sleep(_jittered(_RECONNECT_WAIT_S))
         else:
             _log.warning("connected to NATS")
             self._was_connected = True
@@ -172,7 +175,7 @@ class NatsLink:
     def _options(self) -> dict[str, Any]:
         return connect_options(self._settings) | {
             "max_reconnect_attempts": -1,
-            "reconnect_time_wait": _RECONNECT_WAIT_S,
+            "reconnect_time_wait": _jittered(_RECONNECT_WAIT_S),
             "ping_interval": _PING_S,
             "max_outstanding_pings": 2,
             "pending_size": _PENDING_NBYTES,
@@ -201,7 +204,16 @@ class NatsLink:
 
 
 def connect_options(settings: EventsConfig) -> dict[str, Any]:
-    """How nats-py finds the servers and shows who we are."""
+    """How nats-py finds the servers and shows who we are.
+
+    Raises:
+        FeedError: a file can't be used, or a package for it is missing.
+    """
+    for way in ("nats_creds", "nats_nkey"):
+        if getattr(settings, way) is not None and find_spec("nkeys") is None:
+            raise FeedError(f"events.{way} needs a package: pip install 'flexkv[nkeys]'")
+    if settings.nats_creds is not None and not Path(settings.nats_creds).is_file():
+        raise FeedError(f"events.nats_creds: there is no file {settings.nats_creds}")
     return {
         "servers": list(settings.nats_servers),
         "name": "flexkv",
@@ -209,9 +221,15 @@ def connect_options(settings: EventsConfig) -> dict[str, Any]:
         "password": settings.nats_password,
         "token": settings.nats_token,
         "user_credentials": settings.nats_creds,
+        "nkeys_seed_str": settings.nats_nkey,
         "tls": _tls(settings),
         "connect_timeout": settings.connect_timeout_s,
     }
+
+
+def _jittered(seconds: float) -> float:
+    """So that many engines do not come back to a server in one moment."""
+    return seconds * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
 
 def _tls(settings: EventsConfig) -> ssl.SSLContext | None:
