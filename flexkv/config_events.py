@@ -10,6 +10,7 @@ from flexkv.config_values import (
     Subject,
     Text,
     are_servers,
+    are_urls,
     is_endpoint,
     require,
     split_at,
@@ -60,7 +61,12 @@ class EventsConfig(Settings):
     )
     dp_rank: int = setting("data-parallel rank of the worker", default=0, ge=0, le=2**32 - 1)
     discovery: Literal["file", "etcd"] = setting(
-        "where the router looks for sources", default="file", later=("etcd",)
+        "where the router looks for sources", default="file"
+    )
+    etcd_endpoints: Annotated[tuple[str, ...], split_at(","), require(are_urls)] = setting(
+        "where the discovery `etcd` is",
+        default=("http://localhost:2379",),
+        allowed="http://HOST:PORT or https://HOST:PORT, or a list of them",
     )
     discovery_path: Text | None = setting(
         "folder of the file discovery; as in Dynamo, `$TMPDIR/dynamo_store_kv` if not given",

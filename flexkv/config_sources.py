@@ -59,6 +59,7 @@ DYNAMO_VARIABLES = {
     "DYN_NAMESPACE": "namespace",
     "DYN_REQUEST_PLANE": "request_plane",
     "DYN_TCP_RPC_HOST": "recovery_host",
+    "ETCD_ENDPOINTS": "etcd_endpoints",
     "NATS_SERVER": "nats_servers",
     "NATS_TLS_CA_CERT_PATH": "nats_tls_ca",
     "NATS_TLS_CLIENT_CERT_PATH": "nats_tls_cert",
@@ -142,6 +143,8 @@ class Draft:
             return
         for variable, field in DYNAMO_VARIABLES.items():
             self._fill(field, env.get(variable), variable)
+        if (backend := env.get("DYN_DISCOVERY_BACKEND")) in {"file", "etcd"}:
+            self._fill("discovery", backend, "DYN_DISCOVERY_BACKEND")
         temporary = env.get("TMPDIR") or "/tmp"  # noqa: S108  # Dynamo's default: must be the same
         self._fill("discovery_path", f"{temporary.rstrip('/')}/dynamo_store_kv", "TMPDIR")
         if any(field in events and events[field].value is not None for field in _CREDENTIALS):
@@ -170,7 +173,7 @@ class Draft:
         if backend != "file" and "discovery" not in events:
             self.problems.append(
                 f"{_named('DYN_DISCOVERY_BACKEND')} is {shown(backend)}: for events it must be "
-                '"file" in this version; else set events.sink to "none"'
+                '"file" or "etcd" in this version; else set events.sink to "none"'
             )
         if env.get("NATS_TLS_INSECURE"):
             self.notes.append("NATS_TLS_INSECURE has no effect: certificates are always verified")

@@ -64,6 +64,13 @@ def are_servers(servers: tuple[str, ...]) -> bool:
     return bool(servers)
 
 
+def are_urls(urls: tuple[str, ...]) -> bool:
+    """HTTP addresses, at least one, without credentials."""
+    parts = [urlsplit(url) for url in urls if _is_clean(url)]
+    good = [part for part in parts if part.scheme in {"http", "https"} and part.hostname]
+    return 0 < len(urls) == len([part for part in good if part.username is None])
+
+
 def _is_subject(text: str) -> bool:
     return _is_clean(text) and all(text.split(".")) and not set(text) & set("*>/")
 

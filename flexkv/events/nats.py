@@ -14,6 +14,7 @@ from flexkv.errors import EngineClosedError, FeedError
 from flexkv.events.audit import audit_subject, chunks
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard, recovery_path
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
+from flexkv.events.etcd import Etcd, EtcdCard, EtcdRecord
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.live import LiveFeed
 from flexkv.events.nats_link import NatsLink
@@ -64,10 +65,15 @@ class NatsSink:
         self._worker = _worker(settings)
         self._publisher_id = secrets.randbelow(MAX_ID) + 1
         self._folder = _discovery_folder(settings)
-        self._card = WorkerCard(self._folder, self._worker)
+        self._etcd = Etcd(settings.etcd_endpoints) if settings.discovery == "etcd" else None
+        self._card = (
+            WorkerCard(self._folder, self._worker)
+            if self._etcd is None
+            else EtcdCard(self._etcd, self._worker)
+        )
         self._owns_recovery = recovery is None
         self._recovery = recovery or RecoveryServer(settings)
-        self._record: FileRecord | None = None
+        self._record: FileRecord | EtcdRecord | None = None
         self._feed: RecoverableFeed | LiveFeed | None = None
         self._link: NatsLink | None = None
         self._task: asyncio.Task[None] | None = None
@@ -105,7 +111,10 @@ class NatsSink:
                 )
                 self._feed = LiveFeed(settings, worker, codec, source, link)
                 address = None
-            self._record = FileRecord(self._folder, worker, self._publisher_id, address)
+            if self._etcd is None:
+                self._record = FileRecord(self._folder, worker, self._publisher_id, address)
+            else:
+                self._record = EtcdRecord(self._etcd, worker, self._publisher_id, address)
             await self._record.claim()
             await link.open()
         except BaseException:

@@ -34,14 +34,18 @@ class Overlap(NamedTuple):
     ssd: int
 
 
-def dynamo_variables(nats_url: str, discovery_path: Path) -> dict[str, str]:
-    """What every Dynamo process of one deployment must find in its environment."""
-    return {
+def dynamo_variables(nats_url: str, discovery_path: Path | str) -> dict[str, str]:
+    """What every Dynamo process of one deployment must find in its environment.
+
+    ``discovery_path``: a folder; a text is the URL of an etcd.
+    """
+    discovery = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": str(discovery_path)}
+    if isinstance(discovery_path, Path):
+        discovery = {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(discovery_path)}
+    return discovery | {
         "NATS_SERVER": nats_url,
         "DYN_EVENT_PLANE": "nats",
         "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(discovery_path),
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
         "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
@@ -49,7 +53,7 @@ def dynamo_variables(nats_url: str, discovery_path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def dynamo_environment(nats_url: str, discovery_path: Path) -> Iterator[None]:
+def dynamo_environment(nats_url: str, discovery_path: Path | str) -> Iterator[None]:
     """This process as one of the deployment: Dynamo reads the variables when a runtime starts."""
     variables = dynamo_variables(nats_url, discovery_path)
     before = {name: os.environ.get(name) for name in variables}
@@ -149,7 +153,7 @@ class FakeWorker:
     def __init__(
         self,
         nats_url: str,
-        discovery_path: Path,
+        discovery_path: Path | str,
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
@@ -220,7 +224,7 @@ class Router:
     def __init__(
         self,
         nats_url: str,
-        discovery_path: Path,
+        discovery_path: Path | str,
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
@@ -240,7 +244,8 @@ class Router:
             except ImportError:
                 raise FeedError(f"ai-dynamo-runtime is missing: {_REMEDY}") from None
             loop = asyncio.get_running_loop()
-            self._runtime = DistributedRuntime(loop, "file", "tcp", event_plane="nats")
+            backend = os.environ["DYN_DISCOVERY_BACKEND"]
+            self._runtime = DistributedRuntime(loop, backend, "tcp", event_plane="nats")
             endpoint = self._runtime.endpoint(self._endpoint)
             self._router = KvRouter(endpoint, self._tokens_per_block, KvRouterConfig())
         return self

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -89,7 +90,8 @@ async def _serve(
     )
     from dynamo.runtime import DistributedRuntime  # noqa: PLC0415  # as above
 
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+    backend = os.environ.get("DYN_DISCOVERY_BACKEND", "file")
+    runtime = DistributedRuntime(asyncio.get_running_loop(), backend, "tcp", event_plane="nats")
     endpoint = runtime.endpoint(endpoint_path)
     card = ModelRuntimeConfig()
     card.total_kv_blocks = 1000
