@@ -132,6 +132,26 @@ def demo(
     raise typer.Exit(0 if report.holds and shows else 1)
 
 
+@app.command()
+def verify(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings. [default: as the engine finds them]")
+    ] = None,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds the router has to agree.")] = 5.0,
+    as_json: _Json = False,
+) -> None:
+    """Compare a live Dynamo router with the engines it routes to; print what differs."""
+    from flexkv.config import Config  # noqa: PLC0415  # for this command alone
+    from flexkv.replay import verify as checks  # noqa: PLC0415  # as above
+
+    settings = Config.load(config)
+    work = checks.verify(settings.events, settings.tokens_per_block, settle_timeout_s=settle)
+    comparisons = asyncio.run(work)
+    print(checks.printed(comparisons, as_json=as_json))
+    raise typer.Exit(0 if all(comparison.agrees for comparison in comparisons) else 1)
+
+
 def _run(workload: Workload, settings: Settings, *, as_json: bool) -> Report:
     from rich.console import Console  # noqa: PLC0415  # as above
 

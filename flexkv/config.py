@@ -13,7 +13,7 @@ from pydantic import PrivateAttr
 from flexkv.config_checks import InvalidError, Problem, Settings, listed, setting, shown
 from flexkv.config_events import EventsConfig as EventsConfig  # noqa: PLC0414  # known from here
 from flexkv.config_sources import PATH_VARIABLE, Draft, path_of, read_mapping
-from flexkv.config_values import MAX_SOCKET_PATH, Text, is_endpoint, require, split_at
+from flexkv.config_values import ENDPOINTS, Text, is_endpoint, require, split_at
 from flexkv.errors import ConfigError
 
 DEFAULT_NUM_CPU_BLOCKS = 10240
@@ -144,7 +144,7 @@ class Config(Settings):
     server_recv_port: Annotated[str, require(is_endpoint)] | None = setting(
         "where the engine listens for GPU workers",
         default=None,
-        allowed=f"ipc://PATH (at most {MAX_SOCKET_PATH} bytes) or tcp://HOST:PORT",
+        allowed=ENDPOINTS,
     )
     num_log_interval_requests: int = setting(
         "requests between two lines of statistics in the log; 0: none", default=200, ge=0, le=2**32

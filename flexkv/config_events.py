@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from flexkv.config_checks import Problem, Settings, setting
-from flexkv.config_values import Subject, Text, are_servers, require, split_at
+from flexkv.config_values import (
+    ENDPOINTS,
+    Subject,
+    Text,
+    are_servers,
+    are_urls,
+    is_endpoint,
+    require,
+    split_at,
+)
 
 _MAX_S = 86400
 
@@ -17,7 +26,6 @@ class EventsConfig(Settings):
         "who carries the events; `auto`: `nats` if `worker_id` is known and `event_plane` is "
         "`nats`, else `none`; under vLLM with its own KV events on: `vllm`",
         default="auto",
-        later=("zmq",),
     )
     event_plane: Literal["nats", "zmq"] | None = setting(
         "the event plane of the Dynamo deployment; its own default is `zmq`", default=None
@@ -31,6 +39,9 @@ class EventsConfig(Settings):
     nats_password: Text | None = setting("password of `nats_user`", default=None, secret=True)
     nats_token: Text | None = setting("token, instead of a user", default=None, secret=True)
     nats_creds: Text | None = setting("credentials file, instead of a user or token", default=None)
+    nats_nkey: Text | None = setting(
+        "seed of an nkey, instead of a user, token or file", default=None, secret=True
+    )
     nats_tls_ca: Text | None = setting("file with the authority of the server", default=None)
     nats_tls_cert: Text | None = setting("file with our certificate", default=None)
     nats_tls_key: Text | None = setting("file with the key of `nats_tls_cert`", default=None)
@@ -49,7 +60,12 @@ class EventsConfig(Settings):
     )
     dp_rank: int = setting("data-parallel rank of the worker", default=0, ge=0, le=2**32 - 1)
     discovery: Literal["file", "etcd"] = setting(
-        "where the router looks for sources", default="file", later=("etcd",)
+        "where the router looks for sources", default="file"
+    )
+    etcd_endpoints: Annotated[tuple[str, ...], split_at(","), require(are_urls)] = setting(
+        "where the discovery `etcd` is",
+        default=("http://localhost:2379",),
+        allowed="http://HOST:PORT or https://HOST:PORT, or a list of them",
     )
     discovery_path: Text | None = setting(
         "folder of the file discovery; as in Dynamo, `$TMPDIR/dynamo_store_kv` if not given",
@@ -97,12 +113,25 @@ class EventsConfig(Settings):
         "how long closing waits for the last events", default=2.0, gt=0, le=_MAX_S
     )
 
-    def effective_sink(self) -> Literal["nats", "none"]:
+    zmq_endpoint: Annotated[str, require(is_endpoint)] = setting(
+        "where the sink `zmq` publishes",
+        default="tcp://127.0.0.1:5557",
+        allowed=ENDPOINTS,
+    )
+    zmq_replay_endpoint: Annotated[str, require(is_endpoint)] | None = setting(
+        "where it is asked for what was missed; none: nowhere", default=None, allowed=ENDPOINTS
+    )
+    zmq_topic: str = setting("first frame of its messages", default="", allowed="any text")
+    zmq_buffer_bytes: int = setting(
+        "batches that it keeps for who has missed them", default=2**28, ge=1, le=2**50
+    )
+
+    def effective_sink(self) -> Literal["nats", "zmq", "none"]:
         """The sink of an embedded engine, with ``auto`` decided."""
         if self.sink == "auto":
             known = self.worker_id is not None and self.event_plane == "nats"
             return "nats" if known else "none"
-        return "nats" if self.sink == "nats" else "none"
+        return self.sink if self.sink in {"nats", "zmq"} else "none"
 
     def _conflicts(self) -> list[Problem]:
         problems = []
@@ -114,7 +143,7 @@ class EventsConfig(Settings):
             if len(given) == 1:
                 missing = next(field for field in pair if field not in given)
                 problems.append(Problem((given[0],), f"needs {missing} beside it"))
-        ways = ("nats_user", "nats_token", "nats_creds")
+        ways = ("nats_user", "nats_token", "nats_creds", "nats_nkey")
         if len(given := [way for way in ways if getattr(self, way) is not None]) > 1:
             problems.append(Problem(tuple(given), "exclude each other: give one of them"))
         return problems

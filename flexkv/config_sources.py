@@ -61,6 +61,7 @@ DYNAMO_VARIABLES = {
     "DYN_NAMESPACE": "namespace",
     "DYN_REQUEST_PLANE": "request_plane",
     "DYN_TCP_RPC_HOST": "recovery_host",
+    "ETCD_ENDPOINTS": "etcd_endpoints",
     "NATS_SERVER": "nats_servers",
     "NATS_TLS_CA_CERT_PATH": "nats_tls_ca",
     "NATS_TLS_CLIENT_CERT_PATH": "nats_tls_cert",
@@ -71,20 +72,12 @@ DYNAMO_VARIABLES = {
 DYNAMO_CREDENTIALS = (
     {"NATS_AUTH_USERNAME": "nats_user", "NATS_AUTH_PASSWORD": "nats_password"},
     {"NATS_AUTH_TOKEN": "nats_token"},
-    {"NATS_AUTH_NKEY": ""},  # it comes third in Dynamo, and nothing here can use it
+    {"NATS_AUTH_NKEY": "nats_nkey"},
     {"NATS_AUTH_CREDENTIALS_FILE": "nats_creds"},
 )
 """Ways to authenticate: the first whose variables are all set is taken, as in Dynamo."""
 
-_CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds")
-
-LATER_KEYS = frozenset(
-    {
-        "zmq_endpoint",
-        "zmq_replay_endpoint",
-    }
-)
-"""Keys of ``events`` that a later version will know."""
+_CREDENTIALS = ("nats_user", "nats_password", "nats_token", "nats_creds", "nats_nkey")
 
 _SECTION_OF = {
     "cache": "cache",
@@ -152,6 +145,8 @@ class Draft:
             return
         for variable, field in DYNAMO_VARIABLES.items():
             self._fill(field, env.get(variable), variable)
+        if (backend := env.get("DYN_DISCOVERY_BACKEND")) in {"file", "etcd"}:
+            self._fill("discovery", backend, "DYN_DISCOVERY_BACKEND")
         self._check_discovery(env)
         temporary = env.get("TMPDIR") or "/tmp"  # noqa: S108  # Dynamo's default: must be the same
         self._fill("discovery_path", f"{temporary.rstrip('/')}/dynamo_store_kv", "TMPDIR")
@@ -160,8 +155,7 @@ class Draft:
         for way in DYNAMO_CREDENTIALS:
             if all(env.get(variable) for variable in way):
                 for variable, field in way.items():
-                    if field:
-                        self._fill(field, env[variable], variable)
+                    self._fill(field, env[variable], variable)
                 return
 
     def _check_discovery(self, env: Mapping[str, str]) -> None:
@@ -179,16 +173,17 @@ class Draft:
             )
             events["sink"] = Given("none", "sink")
 
-    def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "none"]) -> None:
+    def check_dynamo(self, env: Mapping[str, str], sink: Literal["nats", "zmq", "none"]) -> None:
         """Find what Dynamo's variables ask for and ``sink`` can't do."""
         events = {field: value for field, (value, _) in self.given["events"].items()}
         plane = events.get("event_plane")
-        if sink == "none":
-            if events.get("worker_id") is not None and events.get("sink", "auto") == "auto":
-                self.notes.append(
-                    "no events are published: events.sink is auto, and the event plane "
-                    f'(DYN_EVENT_PLANE) is {shown(plane or "zmq")}, not "nats"'
-                )
+        is_auto = events.get("sink", "auto") == "auto"
+        if sink == "none" and is_auto and events.get("worker_id") is not None:
+            self.notes.append(
+                "no events are published: events.sink is auto, and the event plane "
+                f'(DYN_EVENT_PLANE) is {shown(plane or "zmq")}, not "nats"'
+            )
+        if sink != "nats":
             return
         if plane == "zmq":
             self.notes.append("events go to NATS; a router on the event plane zmq hears none")
@@ -196,12 +191,7 @@ class Draft:
         if backend != "file" and "discovery" not in events:
             self.problems.append(
                 f"{_named('DYN_DISCOVERY_BACKEND')} is {shown(backend)}: for events it must be "
-                '"file" in this version; else set events.sink to "none"'
-            )
-        if env.get("NATS_AUTH_NKEY") and not any(events.get(way) for way in _CREDENTIALS):
-            self.problems.append(
-                f"{_named('NATS_AUTH_NKEY')} is not in this version: use NATS_AUTH_TOKEN, "
-                "NATS_AUTH_CREDENTIALS_FILE, or a user name and password"
+                '"file" or "etcd" in this version; else set events.sink to "none"'
             )
         if env.get("NATS_TLS_INSECURE"):
             self.notes.append("NATS_TLS_INSECURE has no effect: certificates are always verified")
@@ -218,8 +208,6 @@ class Draft:
             self._put(section, key, value, name)
         elif isinstance(key, str) and flat is not None and section in {"", flat.section}:
             self._take_flat(key, value, name)
-        elif section == "events" and key in LATER_KEYS:
-            self.problems.append(f"{name} is not in this version: remove it")
         else:
             hint = nearest(shown_key(key), self._names(section), self._names(None))
             self.problems.append(f"{name} is not a known key: {hint}")

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator
 
 MAX_SOCKET_PATH = 107  # bytes; Linux's sun_path, less the NUL
+ENDPOINTS = f"ipc://PATH (at most {MAX_SOCKET_PATH} bytes) or tcp://HOST:PORT"
 
 
 def split_at(separator: str) -> BeforeValidator:
@@ -61,6 +62,13 @@ def are_servers(servers: tuple[str, ...]) -> bool:
         if parts.scheme not in {"nats", "tls"} or not parts.hostname or not is_bare:
             return False
     return bool(servers)
+
+
+def are_urls(urls: tuple[str, ...]) -> bool:
+    """HTTP addresses, at least one, without credentials."""
+    parts = [urlsplit(url) for url in urls if _is_clean(url)]
+    good = [part for part in parts if part.scheme in {"http", "https"} and part.hostname]
+    return 0 < len(urls) == len([part for part in good if part.username is None])
 
 
 def _is_subject(text: str) -> bool:

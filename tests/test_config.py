@@ -180,6 +180,7 @@ DYNAMO = {
     "DYN_NAMESPACE": "flex",
     "DYN_REQUEST_PLANE": "tcp",
     "DYN_TCP_RPC_HOST": "10.1.2.3",
+    "ETCD_ENDPOINTS": "http://e:2379,https://f",
     "NATS_SERVER": "nats://a:1,tls://b:2",
     "NATS_TLS_CA_CERT_PATH": "ca",
     "NATS_TLS_CLIENT_CERT_PATH": "cert",
@@ -196,6 +197,8 @@ def test_dynamos_variables_fill_in_what_events_leave_open() -> None:
         namespace="flex",
         request_plane="tcp",
         recovery_host="10.1.2.3",
+        discovery="file",
+        etcd_endpoints=("http://e:2379", "https://f"),
         nats_servers=("nats://a:1", "tls://b:2"),
         nats_tls_ca="ca",
         nats_tls_cert="cert",
@@ -223,7 +226,7 @@ def test_the_first_complete_way_to_authenticate_is_taken_as_in_dynamo() -> None:
     events = Config.from_mapping({}, DYNAMO | env).events
     assert (events.nats_user, events.nats_token, events.nats_creds) == (None, "t", None)
     del env["NATS_AUTH_TOKEN"]
-    assert "NATS_AUTH_NKEY is not in this version" in errors_of({}, **(DYNAMO | env))
+    assert Config.from_mapping({}, DYNAMO | env).events.nats_nkey == "n"
     del env["NATS_AUTH_NKEY"]
     assert Config.from_mapping({}, DYNAMO | env).events.nats_creds == "f"
     env["NATS_AUTH_PASSWORD"] = "p"
@@ -245,12 +248,22 @@ def test_auto_needs_a_worker_and_the_nats_plane() -> None:
     assert EventsConfig(sink="none", worker_id=1, event_plane="nats").effective_sink() == "none"
 
 
-def test_discovery_through_etcd_is_refused_only_where_events_need_it() -> None:
-    env = DYNAMO | {"DYN_DISCOVERY_BACKEND": "etcd"}
-    assert 'DYN_DISCOVERY_BACKEND is "etcd": for events it must be "file"' in errors_of({}, **env)
+def test_a_discovery_that_nobody_here_knows_is_refused_only_where_events_need_it() -> None:
+    env = DYNAMO | {"DYN_DISCOVERY_BACKEND": "kubernetes"}
+    text = errors_of({"events": {"sink": "nats"}}, **env)
+    assert 'DYN_DISCOVERY_BACKEND is "kubernetes": for events it must be "file" or "etcd"' in text
+    chosen = Config.from_mapping({}, env)  # auto: no source, and a line that says why
+    assert chosen.events.sink == "none"
+    assert "DYN_DISCOVERY_BACKEND" in chosen.notes[0]
     assert Config.from_mapping({"events": {"sink": "none"}}, env).events.worker_id is None
     assert Config.from_mapping({"events": {"discovery": "file"}}, env).events.worker_id
-    assert Config.from_mapping({}, {"DYN_DISCOVERY_BACKEND": "etcd"}) == Config.from_mapping({})
+    assert Config.from_mapping({}, {"DYN_DISCOVERY_BACKEND": "mem"}) == Config.from_mapping({})
+
+
+def test_discovery_through_etcd_comes_from_dynamos_variable() -> None:
+    env = DYNAMO | {"DYN_DISCOVERY_BACKEND": "etcd"}
+    assert Config.from_mapping({}, env).events.discovery == "etcd"
+    assert Config.from_mapping({"events": {"discovery": "file"}}, env).events.discovery == "file"
 
 
 def test_a_broken_variable_of_dynamo_is_named() -> None:

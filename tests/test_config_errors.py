@@ -17,7 +17,6 @@ from flexkv.config_sources import (
     DYNAMO_CREDENTIALS,
     DYNAMO_VARIABLES,
     FLAT_KEYS,
-    LATER_KEYS,
     VARIABLES,
 )
 from flexkv.errors import ConfigError
@@ -114,10 +113,10 @@ def test_a_bad_cache_setting_is_named_with_its_value_and_range(
         ({"transfers": {"deadline_s": 0}}, "transfers.deadline_s is 0: it must be a number, 0 <"),
         ({"transfers": {"max_store_bytes": 9}}, "transfers.max_store_bytes is 9: it must be at l"),
         ({"transfers": {"chunk_bytes": 2**28 + 1}}, "2 settings can't be used:\n  transfers.max_"),
-        ({"events": {"sink": "zmq"}}, 'events.sink is "zmq": not in this version; it must be "au'),
         ({"events": {"sink": "kafka"}}, 'events.sink is "kafka": it must be "auto", "vllm", "na'),
         ({"events": {"sink": "nats"}}, 'events.sink is "nats": it needs a worker_id'),
-        ({"events": {"discovery": "etcd"}}, 'events.discovery is "etcd": not in this version; it'),
+        ({"events": {"discovery": "mem"}}, 'events.discovery is "mem": it must be "file" or "etc'),
+        ({"events": {"etcd_endpoints": "e:1"}}, 'events.etcd_endpoints is "e:1": it must be http'),
         ({"events": {"worker_id": -1}}, "events.worker_id is -1: it must be a whole number, 0 to"),
         ({"events": {"worker_id": 2**64}}, "events.worker_id is 18446744073709551616: it must be"),
         ({"events": {"nats_servers": []}}, "events.nats_servers is a list of 0: it must be nats:"),
@@ -137,12 +136,6 @@ def test_a_bad_setting_is_named_with_its_value_and_range(
     mapping: dict[Any, Any], message: str
 ) -> None:
     assert errors_of(mapping).startswith(message)
-
-
-@pytest.mark.parametrize("key", sorted(LATER_KEYS))
-def test_a_key_of_a_later_version_is_refused_as_such(key: str) -> None:
-    text = errors_of({"events": {key: 1}})
-    assert text == f"events.{key} is not in this version: remove it"
 
 
 def test_all_problems_are_listed_in_one_error(tmp_path: Path) -> None:
@@ -268,7 +261,7 @@ def test_secrets_are_shown_nowhere() -> None:
 
 
 NAMES = sorted(
-    {"cache", "cache_config", "events", "transfers", "nonsense", *FLAT_KEYS, *LATER_KEYS}
+    {"cache", "cache_config", "events", "transfers", "nonsense", *FLAT_KEYS}
     | {
         *Config.model_fields,
         *CacheConfig.model_fields,

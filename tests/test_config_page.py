@@ -37,10 +37,7 @@ def tables() -> dict[str, str]:
     pairs = dict(DYNAMO_VARIABLES)
     for way in DYNAMO_CREDENTIALS:
         pairs |= way
-    rows = [
-        f"| `{variable}` | {f'`events.{field}`' if field else 'not in this version'} |"
-        for variable, field in pairs.items()
-    ]
+    rows = [f"| `{variable}` | `events.{field}` |" for variable, field in pairs.items()]
     made["dynamo"] = "\n".join(["| Dynamo's variable | Fills in |", "| --- | --- |", *rows])
     return made
 

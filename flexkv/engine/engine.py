@@ -17,7 +17,7 @@ from flexkv.engine.shared_index import SharedIndex
 from flexkv.engine.stats import EngineStats
 from flexkv.engine.stores import Stores
 from flexkv.engine.transfers import Transfers
-from flexkv.errors import EngineClosedError, InputError, LayoutError
+from flexkv.errors import ConfigError, EngineClosedError, InputError, LayoutError
 from flexkv.events.log import EventLog
 from flexkv.tiers.gpu import make_copier
 from flexkv.tiers.host import HostPool, slot_stride
@@ -48,7 +48,8 @@ class Engine:
 
     Raises:
         LayoutError: ``config`` and ``layout`` differ in their tokens per block.
-        ConfigError: not even one block fits into the host tier, or there is not enough memory.
+        ConfigError: not even one block fits into the host tier, there is not enough memory, or
+            the events are to join vLLM's, and this is not inside vLLM.
         FeedError: on entry, a sink can't work.
     """
 
@@ -343,9 +344,18 @@ class Engine:
                 sink.wake()
 
     def _configured_sinks(self) -> list[EventSink]:
-        if self._config.events.effective_sink() == "none":
+        if self._config.events.sink == "vllm":
+            raise ConfigError(
+                "events.sink is vllm, which is for an engine inside vLLM: set nats, zmq or none"
+            )
+        kind = self._config.events.effective_sink()
+        if kind == "none":
             return []
-        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # only who publishes needs it
+        if kind == "zmq":
+            from flexkv.events.zmq import ZmqSink  # noqa: PLC0415  # only who publishes needs it
+
+            return [ZmqSink(self._config.events)]
+        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # as above
 
         return [NatsSink(self._config.events)]
 

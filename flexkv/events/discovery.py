@@ -9,6 +9,7 @@ import secrets
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 from flexkv.errors import FeedError
 from flexkv.events import ownership
@@ -41,6 +42,23 @@ class WorkerCard:
             return self.path.exists()
         except OSError:  # a folder that is out of reach for now holds no card for us
             return False
+
+
+async def find_worker(folder: Path, worker_id: int) -> tuple[str, str, str] | None:
+    """Namespace, component and endpoint of the worker, by its model card; None if there is none."""
+    return await asyncio.to_thread(_find_worker, folder / "v1" / "mdc", worker_id)
+
+
+def _find_worker(cards: Path, worker_id: int) -> tuple[str, str, str] | None:
+    try:
+        keys = [unquote(entry.name) for entry in cards.iterdir()]
+    except OSError:
+        return None
+    for key in keys:
+        match key.split("/"):
+            case [namespace, component, endpoint, card_id] if card_id == f"{worker_id:x}":
+                return namespace, component, endpoint
+    return None
 
 
 def source_key(worker: WorkerRank, publisher_id: int) -> str:

@@ -32,7 +32,7 @@ _BLOCK_NBYTES = 57  # of one stored block; a removed one takes 9
 _MESSAGE_WEIGHT = 768  # what is encoded in one go: about half a millisecond
 _FEW = 16
 _EVENT_WEIGHT = 12  # an event costs as much as so many more blocks
-_TIERS = {
+TIERS = {
     Tier.GPU: "device",
     Tier.HOST: "host_pinned",
     Tier.SSD: "disk",
@@ -222,7 +222,7 @@ class DynamoCodec:
 
     def _encoded(self, event_id: int, tier: Tier, data: _StoredData | _RemovedData | str) -> bytes:
         event = _KvEvent(event_id, data, self._dp_rank)
-        return self._encoder.encode(_RouterEvent(self._worker_id, _TIERS[tier], "worker", event))
+        return self._encoder.encode(_RouterEvent(self._worker_id, TIERS[tier], "worker", event))
 
 
 def array_header(length: int) -> bytes:

@@ -57,6 +57,10 @@ class EventSource(Protocol):
         """How many blocks the events after ``event_id`` name; None if some of them are gone."""
         ...
 
+    def digests(self) -> Mapping[Tier, TierDigest]:
+        """The digest of each tier, as of the latest number."""
+        ...
+
     def beat(self) -> None:
         """Enter NOTHING: who has missed the last events sees it by the number of this one."""
         ...

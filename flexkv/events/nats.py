@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.errors import EngineClosedError, FeedError
+from flexkv.events.audit import audit_subject, chunks
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard, recovery_path
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
+from flexkv.events.etcd import Etcd, EtcdCard, EtcdRecord
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.live import LiveFeed
 from flexkv.events.nats_link import NatsLink
@@ -62,11 +64,16 @@ class NatsSink:
         self._settings = settings
         self._worker = _worker(settings)
         self._publisher_id = secrets.randbelow(MAX_ID) + 1
-        self._folder = _discovery_folder(settings)
-        self._card = WorkerCard(self._folder, self._worker)
+        self._folder = discovery_folder(settings)
+        self._etcd = Etcd(settings.etcd_endpoints) if settings.discovery == "etcd" else None
+        self._card = (
+            WorkerCard(self._folder, self._worker)
+            if self._etcd is None
+            else EtcdCard(self._etcd, self._worker)
+        )
         self._owns_recovery = recovery is None
         self._recovery = recovery or RecoveryServer(settings)
-        self._record: FileRecord | None = None
+        self._record: FileRecord | EtcdRecord | None = None
         self._feed: RecoverableFeed | LiveFeed | None = None
         self._link: NatsLink | None = None
         self._task: asyncio.Task[None] | None = None
@@ -88,6 +95,8 @@ class NatsSink:
             worker_id=worker.worker_id, dp_rank=worker.dp_rank, publisher_id=self._publisher_id
         )
         self._link = link = NatsLink(settings, on_connect=self._on_connect, on_loss=self._on_loss)
+        subject = audit_subject(worker.namespace, worker.worker_id, worker.dp_rank)
+        link.serve(subject, lambda reply: self._audit(source, reply))
         try:
             if settings.request_plane in {None, "tcp"}:
                 feed = RecoverableFeed(settings, worker, codec, source, link)
@@ -102,7 +111,10 @@ class NatsSink:
                 )
                 self._feed = LiveFeed(settings, worker, codec, source, link)
                 address = None
-            self._record = FileRecord(self._folder, worker, self._publisher_id, address)
+            if self._etcd is None:
+                self._record = FileRecord(self._folder, worker, self._publisher_id, address)
+            else:
+                self._record = EtcdRecord(self._etcd, worker, self._publisher_id, address)
             await self._record.claim()
             await link.open()
         except BaseException:
@@ -146,6 +158,14 @@ class NatsSink:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=self._settings.close_timeout_s)
         await self._let_go()
+
+    async def _audit(self, source: EventSource, reply: str) -> None:
+        """Answer who compares routers with us."""
+        assert self._link is not None
+        for message in chunks(source, source.digests()):
+            if message and not await self._link.publish(reply, message):
+                return
+            await asyncio.sleep(0)
 
     async def _serve(self, feed: RecoverableFeed, tasks: asyncio.TaskGroup) -> None:
         if self._owns_recovery:
@@ -230,6 +250,7 @@ def _worker(settings: EventsConfig) -> WorkerRank:
     )
 
 
-def _discovery_folder(settings: EventsConfig) -> Path:
+def discovery_folder(settings: EventsConfig) -> Path:
+    """Where workers and routers find each other with file discovery."""
     folder = settings.discovery_path
     return Path(folder or f"{tempfile.gettempdir()}/dynamo_store_kv")  # Dynamo's own default

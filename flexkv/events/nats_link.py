@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import ssl
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import nats.errors
@@ -15,7 +18,9 @@ from flexkv.errors import FeedError
 from flexkv.events.dynamo import MIN_PAYLOAD_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+
+    from nats.aio.msg import Msg
 
     from flexkv.config import EventsConfig
 
@@ -24,6 +29,7 @@ _PING_S = 2  # a half-open connection is noticed after three of these
 _PENDING_NBYTES = 8 * 2**20  # that nats-py may hold before publish waits
 _FLUSH_EVERY = 64  # messages; a full buffer at the server would cost the router its connection
 _FLUSH_TIMEOUT_S = 5
+_MAX_REQUESTS = 16  # that wait; more are dropped
 _CONNECTION_ERRORS = (OSError, EOFError, ValueError, TimeoutError, nats.errors.Error)
 
 _log = logging.getLogger(__name__)
@@ -51,6 +57,16 @@ class NatsLink:
         self._last_error: Exception | None = None
         self._was_connected = False
         self._num_unflushed = 0
+        self._served: tuple[str, Callable[[Msg], Awaitable[None]]] | None = None
+
+    def serve(self, subject: str, answer: Callable[[str], Awaitable[None]]) -> None:
+        """From the next connection on, call ``answer`` with where each request wants its reply."""
+
+        async def on_request(message: Msg) -> None:
+            if message.reply:
+                await answer(message.reply)
+
+        self._served = subject, on_request
 
     @property
     def connected(self) -> bool:
@@ -75,6 +91,7 @@ class NatsLink:
         try:
             async with asyncio.timeout(deadline_s):
                 await self._client.connect(**options)
+                await self._subscribe()
         except _CONNECTION_ERRORS as error:
             cause = self._last_error or error
             await self.close()
@@ -98,7 +115,7 @@ class NatsLink:
             else:
                 await self._closed.wait()
                 _log.warning("NATS has closed the connection: %r", self._last_error)
-                await asyncio.sleep(_RECONNECT_WAIT_S)
+                await asyncio.sleep(_jittered(_RECONNECT_WAIT_S))
 
     async def publish(self, to: str, message: bytes) -> bool:
         """Hand over one message; False if it is lost."""
@@ -140,28 +157,25 @@ class NatsLink:
         self._client = Client()
         try:
             await self._client.connect(**self._options())  # tries for ever by itself
+            await self._subscribe()
         except (*_CONNECTION_ERRORS, FeedError) as error:
             _log.warning("can't connect to NATS: %r", error)
             self._closed.set()
-            await asyncio.sleep(_RECONNECT_WAIT_S)
+            await asyncio.sleep(_jittered(_RECONNECT_WAIT_S))
         else:
             _log.warning("connected to NATS")
             self._was_connected = True
             self._on_connect(again=True)  # routers may come back later than we do
 
+    async def _subscribe(self) -> None:
+        if self._served is not None and self._client is not None:
+            subject, on_request = self._served
+            await self._client.subscribe(subject, cb=on_request, pending_msgs_limit=_MAX_REQUESTS)
+
     def _options(self) -> dict[str, Any]:
-        settings = self._settings
-        return {
-            "servers": list(settings.nats_servers),
-            "name": "flexkv",
-            "user": settings.nats_user,
-            "password": settings.nats_password,
-            "token": settings.nats_token,
-            "user_credentials": settings.nats_creds,
-            "tls": _tls(settings),
-            "connect_timeout": settings.connect_timeout_s,
+        return connect_options(self._settings) | {
             "max_reconnect_attempts": -1,
-            "reconnect_time_wait": _RECONNECT_WAIT_S,
+            "reconnect_time_wait": _jittered(_RECONNECT_WAIT_S),
             "ping_interval": _PING_S,
             "max_outstanding_pings": 2,
             "pending_size": _PENDING_NBYTES,
@@ -187,6 +201,35 @@ class NatsLink:
 
     async def _on_closed(self) -> None:
         self._closed.set()
+
+
+def connect_options(settings: EventsConfig) -> dict[str, Any]:
+    """How nats-py finds the servers and shows who we are.
+
+    Raises:
+        FeedError: a file can't be used, or a package for it is missing.
+    """
+    for way in ("nats_creds", "nats_nkey"):
+        if getattr(settings, way) is not None and find_spec("nkeys") is None:
+            raise FeedError(f"events.{way} needs a package: pip install 'flexkv[nkeys]'")
+    if settings.nats_creds is not None and not Path(settings.nats_creds).is_file():
+        raise FeedError(f"events.nats_creds: there is no file {settings.nats_creds}")
+    return {
+        "servers": list(settings.nats_servers),
+        "name": "flexkv",
+        "user": settings.nats_user,
+        "password": settings.nats_password,
+        "token": settings.nats_token,
+        "user_credentials": settings.nats_creds,
+        "nkeys_seed_str": settings.nats_nkey,
+        "tls": _tls(settings),
+        "connect_timeout": settings.connect_timeout_s,
+    }
+
+
+def _jittered(seconds: float) -> float:
+    """So that many engines do not come back to a server in one moment."""
+    return seconds * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
 
 def _tls(settings: EventsConfig) -> ssl.SSLContext | None:

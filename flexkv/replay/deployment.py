@@ -34,14 +34,18 @@ class Overlap(NamedTuple):
     ssd: int
 
 
-def dynamo_variables(nats_url: str, discovery_path: Path) -> dict[str, str]:
-    """What every Dynamo process of one deployment must find in its environment."""
-    return {
+def dynamo_variables(nats_url: str, discovery_path: Path | str) -> dict[str, str]:
+    """What every Dynamo process of one deployment must find in its environment.
+
+    ``discovery_path``: a folder; a text is the URL of an etcd.
+    """
+    discovery = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": str(discovery_path)}
+    if isinstance(discovery_path, Path):
+        discovery = {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(discovery_path)}
+    return discovery | {
         "NATS_SERVER": nats_url,
         "DYN_EVENT_PLANE": "nats",
         "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(discovery_path),
         "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
         "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
@@ -49,7 +53,7 @@ def dynamo_variables(nats_url: str, discovery_path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def dynamo_environment(nats_url: str, discovery_path: Path) -> Iterator[None]:
+def dynamo_environment(nats_url: str, discovery_path: Path | str) -> Iterator[None]:
     """This process as one of the deployment: Dynamo reads the variables when a runtime starts."""
     variables = dynamo_variables(nats_url, discovery_path)
     before = {name: os.environ.get(name) for name in variables}
@@ -139,7 +143,8 @@ class NatsServer:
 class FakeWorker:
     """A process that a router takes for a worker: it has a model card and no KV events.
 
-    ``endpoint``: namespace.component.endpoint. ``worker_id`` is known inside the ``async with``.
+    ``endpoint``: namespace.component.endpoint. ``relayed``: a ZMQ address from which Dynamo's
+    relay takes vLLM's event stream. ``worker_id`` is known inside the ``async with``.
 
     Raises:
         FeedError: it did not register in time.
@@ -148,17 +153,19 @@ class FakeWorker:
     def __init__(
         self,
         nats_url: str,
-        discovery_path: Path,
+        discovery_path: Path | str,
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
         num_ranks: int = 1,
+        relayed: str | None = None,
         deadline_s: float = 30.0,
     ) -> None:
         self._variables = dynamo_variables(nats_url, discovery_path)
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
         self._num_ranks = num_ranks
+        self._relayed = ["--zmq", relayed] if relayed is not None else []
         self._deadline_s = deadline_s
         self._folder = Path()
         self._process: asyncio.subprocess.Process | None = None
@@ -169,7 +176,7 @@ class FakeWorker:
         # as a file: it needs nothing of flexkv, whose import takes a second
         program = [sys.executable, "-P", str(Path(__file__).with_name("worker_card.py"))]
         sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
-        arguments = [self._endpoint, *sizes]
+        arguments = [self._endpoint, *sizes, *self._relayed]
         pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(
             *program, *arguments, stdin=pipe, stdout=pipe, env=os.environ | self._variables
@@ -217,7 +224,7 @@ class Router:
     def __init__(
         self,
         nats_url: str,
-        discovery_path: Path,
+        discovery_path: Path | str,
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
@@ -237,7 +244,8 @@ class Router:
             except ImportError:
                 raise FeedError(f"ai-dynamo-runtime is missing: {_REMEDY}") from None
             loop = asyncio.get_running_loop()
-            self._runtime = DistributedRuntime(loop, "file", "tcp", event_plane="nats")
+            backend = os.environ["DYN_DISCOVERY_BACKEND"]
+            self._runtime = DistributedRuntime(loop, backend, "tcp", event_plane="nats")
             endpoint = self._runtime.endpoint(self._endpoint)
             self._router = KvRouter(endpoint, self._tokens_per_block, KvRouterConfig())
         return self

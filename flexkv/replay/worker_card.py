@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -76,8 +77,11 @@ async def _input_closed() -> None:
     await reader.read()
 
 
-async def _serve(endpoint_path: str, tokens_per_block: int, model: Path, num_ranks: int) -> None:
+async def _serve(
+    endpoint_path: str, tokens_per_block: int, model: Path, num_ranks: int, zmq: str | None
+) -> None:
     from dynamo.llm import (  # noqa: PLC0415  # the `demo` extra, needed by this program alone
+        KvEventPublisher,
         ModelInput,
         ModelRuntimeConfig,
         ModelType,
@@ -86,7 +90,8 @@ async def _serve(endpoint_path: str, tokens_per_block: int, model: Path, num_ran
     )
     from dynamo.runtime import DistributedRuntime  # noqa: PLC0415  # as above
 
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="nats")
+    backend = os.environ.get("DYN_DISCOVERY_BACKEND", "file")
+    runtime = DistributedRuntime(asyncio.get_running_loop(), backend, "tcp", event_plane="nats")
     endpoint = runtime.endpoint(endpoint_path)
     card = ModelRuntimeConfig()
     card.total_kv_blocks = 1000
@@ -104,9 +109,21 @@ async def _serve(endpoint_path: str, tokens_per_block: int, model: Path, num_ran
         runtime_config=card,
         self_host_metadata=False,
     )
+    relay = None
+    if zmq is not None:  # as a vLLM worker that has KV events of its own
+        relay = KvEventPublisher(
+            endpoint,
+            kv_block_size=tokens_per_block,
+            dp_rank=0,
+            enable_local_indexer=True,
+            zmq_endpoint=zmq,
+            zmq_topic="",
+        )
     serving = endpoint.serve_endpoint(_no_answer, graceful_shutdown=False)
     print(json.dumps({"worker_id": endpoint.connection_id()}), flush=True)  # noqa: T201  # the protocol
     await _input_closed()
+    if relay is not None:
+        relay.shutdown()
     runtime.shutdown()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(serving, 2)
@@ -119,11 +136,18 @@ def main() -> None:
     parser.add_argument("tokens_per_block", type=int)
     parser.add_argument("model", type=Path, help="folder for the model's files")
     parser.add_argument("num_ranks", type=int, help="data-parallel ranks")
+    parser.add_argument("--zmq", help="where vLLM's event stream is to be relayed from")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     write_model(arguments.model)
     asyncio.run(
-        _serve(arguments.endpoint, arguments.tokens_per_block, arguments.model, arguments.num_ranks)
+        _serve(
+            arguments.endpoint,
+            arguments.tokens_per_block,
+            arguments.model,
+            arguments.num_ranks,
+            arguments.zmq,
+        )
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flexkv import Tier
+from flexkv.events.digest import digest_of
 from tests.engine.chains import chain
 from tests.engine.fakes import SlowCopier, slow_engine
 from tests.engine.followers import believed
@@ -81,6 +82,8 @@ async def scenario(seed: int) -> int:
             for user in users:
                 group.create_task(user.live())
         assert believed(sink.events) == engine.residency(Tier.HOST)
+        held = digest_of(int.from_bytes(key[-8:]) for key in engine.residency(Tier.HOST))
+        assert engine.stats().tiers[Tier.HOST].digest == str(held)
         assert engine.stats().lanes == {"load": 0, "store": 0}
         await engine.clear()
         assert engine.stats().tiers[Tier.HOST].num_free == NUM_SLOTS, "no slot is lost"

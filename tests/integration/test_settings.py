@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flexkv.errors import ConfigError
-from flexkv.events.nats import NatsSink
 from flexkv.integration.vllm.feed import feed_of
 from flexkv.integration.vllm.settings import settings_of, unsupported, warn_of_keys
 from flexkv.integration.vllm.stream import StreamSink
+from flexkv.integration.vllm.worker_sink import WorkerSink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +110,7 @@ def chosen(caplog: pytest.LogCaptureFixture, *, publishes: bool = False) -> str:
     if publishes:
         config.kv_events_config = PUBLISHING
     feed = feed_of(settings_of(config))
-    kinds = {NatsSink: "nats", StreamSink: "vllm"}
+    kinds = {WorkerSink: "nats", StreamSink: "vllm"}
     kind = kinds[type(feed.sinks[0])] if feed.sinks else "none"
     assert f"sink {kind}, because" in caplog.text
     return kind

@@ -6,8 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from flexkv.errors import ConfigError
-from flexkv.events.nats import NatsSink
+from flexkv.events.zmq import ZmqSink
 from flexkv.integration.vllm.stream import StreamSink
+from flexkv.integration.vllm.worker_sink import WorkerSink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +86,9 @@ def feed_of(settings: VllmSettings) -> Feed:
         )
     _log.info("flexkv's events: sink %s, because %s", kind, why)
     if kind == "nats":
-        return Feed([NatsSink(events)])
+        return Feed([WorkerSink(events)])
+    if kind == "zmq":
+        return Feed([ZmqSink(events)])
     if kind == "vllm":
         stream = StreamSink()
         return Feed([stream], stream)

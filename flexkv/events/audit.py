@@ -1,0 +1,99 @@
+"""What an engine answers who wants to compare it with a router: everything resident, in chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+
+from flexkv.events.dynamo import TIERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from flexkv.blocks import Tier
+    from flexkv.events.digest import TierDigest
+    from flexkv.events.log import EventSource
+
+MAX_CHUNK_NBYTES = 256 * 1024
+_HASH = np.dtype(">u8")
+
+Held: TypeAlias = "dict[str, set[int]]"
+"""Router hashes, by Dynamo's name of the tier."""
+
+
+def audit_subject(namespace: str, worker_id: int, dp_rank: int) -> str:
+    """Where the engine of a worker and rank is asked."""
+    return f"flexkv.{namespace}.audit.{worker_id}.{dp_rank}"
+
+
+class Chunk(msgspec.Struct):
+    """``hashes`` are resident in ``tier``; ``number`` counts from 0, the ``last`` has none."""
+
+    number: int
+    last: bool
+    last_event_id: int
+    digests: dict[str, str]
+    tier: str = ""
+    hashes: bytes = b""
+
+
+class Audit(NamedTuple):
+    """A whole answer: what was resident while it was made, and the digests at its end."""
+
+    last_event_id: int
+    digests: Mapping[str, str]
+    held: Held
+
+
+class AuditError(ValueError):
+    """A chunk that no engine sends, or one that is missing."""
+
+
+def chunks(source: EventSource, digests: Mapping[Tier, TierDigest]) -> Iterator[bytes]:
+    """The messages of one answer, a run at a time: b"" means that there is more to do."""
+    last_id, resident = source.dump()
+    named = {TIERS[tier]: str(digest) for tier, digest in digests.items()}
+    number, tier, hashes = 0, "", bytearray()
+    for event in resident:
+        if hashes and (tier != TIERS[event.tier] or len(hashes) >= MAX_CHUNK_NBYTES):
+            yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
+            number, hashes = number + 1, bytearray()
+        tier = TIERS[event.tier]
+        hashes += np.array(event.blocks.router_hashes(), _HASH).tobytes()
+        yield b""
+    if hashes:
+        yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
+        number += 1
+    yield _encode(Chunk(number, True, last_id, named))  # noqa: FBT003
+
+
+class Collector:
+    """Puts the messages of one answer together."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._held: Held = {tier: set() for tier in TIERS.values()}
+
+    def take(self, message: bytes) -> Audit | None:
+        """The whole, once the last message is there.
+
+        Raises:
+            AuditError: the message is not the next one.
+        """
+        try:
+            chunk = _decoder.decode(message)
+            hashes = np.frombuffer(chunk.hashes, _HASH).tolist()
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise AuditError(f"not a chunk: {error}") from None
+        if chunk.number != self._number or (hashes and chunk.tier not in self._held):
+            raise AuditError(f"chunk {chunk.number} of tier {chunk.tier[:20]!r} is not the next")
+        self._number += 1
+        if hashes:
+            self._held[chunk.tier].update(hashes)
+        return Audit(chunk.last_event_id, chunk.digests, self._held) if chunk.last else None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decoder = msgspec.msgpack.Decoder(Chunk)

@@ -1,0 +1,77 @@
+"""Asks an engine over NATS what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+import nats
+import nats.errors
+
+from flexkv.errors import FeedError
+from flexkv.events.audit import AuditError, Collector, audit_subject
+from flexkv.events.nats_link import connect_options
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nats.aio.client import Client
+
+    from flexkv.config import EventsConfig
+    from flexkv.events.audit import Audit
+
+_ERRORS = (OSError, EOFError, nats.errors.Error, AuditError)
+
+
+class Auditor:
+    """Asks engines, over one connection."""
+
+    def __init__(self, client: Client, namespace: str, deadline_s: float) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._deadline_s = deadline_s
+
+    async def ask(self, worker_id: int, dp_rank: int) -> Audit:
+        """Everything that is resident for a worker and rank.
+
+        Raises:
+            FeedError: no engine answers in time, or not in full.
+        """
+        subject = audit_subject(self._namespace, worker_id, dp_rank)
+        inbox = self._client.new_inbox()
+        collector = Collector()
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                subscription = await self._client.subscribe(inbox)
+                try:
+                    await self._client.publish(subject, b"", reply=inbox)
+                    while True:
+                        message = await subscription.next_msg(self._deadline_s)
+                        if (audit := collector.take(message.data)) is not None:
+                            return audit
+                finally:
+                    await subscription.unsubscribe()
+        except (TimeoutError, *_ERRORS) as error:
+            raise FeedError(
+                f"the engine of worker {worker_id}, rank {dp_rank} does not answer at {subject} "
+                f"within {self._deadline_s} s ({error!r}): is it running, with events.sink nats?"
+            ) from error
+
+
+@contextlib.asynccontextmanager
+async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIterator[Auditor]:
+    """Connected with the NATS servers of ``settings``.
+
+    Raises:
+        FeedError: none answers.
+    """
+    try:
+        async with asyncio.timeout(settings.connect_timeout_s):
+            client = await nats.connect(**connect_options(settings), allow_reconnect=False)
+    except (TimeoutError, *_ERRORS) as error:
+        raise FeedError(f"no NATS server answers at {settings.nats_servers} ({error!r})") from error
+    try:
+        yield Auditor(client, settings.namespace, deadline_s)
+    finally:
+        await client.close()

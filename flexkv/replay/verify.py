@@ -1,0 +1,168 @@
+"""Compares what a Dynamo router believes of live engines with what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexkv.errors import FeedError
+from flexkv.events.dynamo import TIERS
+from flexkv.events.nats_audit import auditor
+from flexkv.events.ownership import live_records
+from flexkv.replay.deployment import Router
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flexkv.config import EventsConfig
+    from flexkv.events.audit import Audit, Held
+
+_POLL_S = 0.3
+
+Source = tuple[int, int]
+"""Worker id and data-parallel rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One source: by tier, what only the engine has, and what only the router has.
+
+    On a deployment that goes on working only what differed at every look is listed.
+    """
+
+    worker_id: int
+    dp_rank: int
+    digests: Mapping[str, str]
+    num_held: Mapping[str, int]
+    missing: Mapping[str, list[int]]
+    surplus: Mapping[str, list[int]]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the router believes the truth."""
+        return not self.missing and not self.surplus
+
+    def document(self) -> dict[str, Any]:
+        """As JSON; hashes in hexadecimal."""
+        return {
+            "worker_id": self.worker_id,
+            "dp_rank": self.dp_rank,
+            "agrees": self.agrees,
+            "digests": dict(self.digests),
+            "blocks": dict(self.num_held),
+            "missing": {tier: [f"{h:016x}" for h in hs] for tier, hs in self.missing.items()},
+            "surplus": {tier: [f"{h:016x}" for h in hs] for tier, hs in self.surplus.items()},
+        }
+
+
+async def verify(
+    settings: EventsConfig, tokens_per_block: int, *, settle_timeout_s: float = 5.0
+) -> list[Comparison]:
+    """Compare each flexkv source of the discovery folder with a real router that hears of it.
+
+    Raises:
+        FeedError: no source is registered, or an engine or NATS does not answer.
+    """
+    folder = Path(settings.discovery_path or "")
+    sources = registered(folder, settings)
+    if not sources:
+        raise FeedError(
+            f"no flexkv source of {settings.namespace}.{settings.component}.{settings.endpoint} is "
+            f"registered in {folder}: name another folder, namespace, component or endpoint"
+        )
+    endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
+    url = ",".join(settings.nats_servers)
+    router = Router(url, folder, tokens_per_block=tokens_per_block, endpoint=endpoint)
+    async with router, auditor(settings) as asking:
+        await router.wait_for_workers({worker_id for worker_id, _ in sources})
+        deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
+        lasting: dict[Source, tuple[_Difference, _Difference]] = {}
+        while True:
+            audits = {source: await asking.ask(*source) for source in sources}
+            believed = beliefs(await router.dump_events())
+            for source, audit in audits.items():
+                now = differences(audit.held, believed.get(source, {}))
+                before = lasting.get(source, now)
+                lasting[source] = (now[0] & before[0], now[1] & before[1])
+            settled = not any(one or other for one, other in lasting.values())
+            if settled or asyncio.get_running_loop().time() > deadline_s:
+                return [_comparison(source, audits[source], *lasting[source]) for source in sources]
+            await asyncio.sleep(_POLL_S)
+
+
+def registered(folder: Path, settings: EventsConfig) -> list[Source]:
+    """The flexkv sources of an endpoint that are alive."""
+    where = {
+        "namespace": settings.namespace,
+        "component": settings.component,
+        "name": settings.endpoint,
+    }
+    found: set[Source] = set()
+    for _, record in live_records(folder / "v1" / "event_sources"):
+        metadata = record.get("metadata", {}) if isinstance(record, dict) else {}
+        if "flexkv_owner" in metadata and metadata.get("kv_state_endpoint") == where:
+            found.add((metadata["worker"]["worker_id"], metadata["worker"]["dp_rank"]))
+    return sorted(found)
+
+
+def beliefs(dump: list[dict[str, Any]]) -> dict[Source, Held]:
+    """What a router's dump says that each source holds."""
+    found: dict[Source, Held] = {}
+    for event in dump:
+        source = event["worker_id"], event["event"]["dp_rank"]
+        held = found.setdefault(source, {tier: set() for tier in TIERS.values()})
+        blocks = event["event"]["data"]["stored"]["blocks"]
+        held[event["storage_tier"]].update(block["block_hash"] for block in blocks)
+    return found
+
+
+_Difference = set[tuple[str, int]]
+
+
+def differences(held: Held, believed: Held) -> tuple[_Difference, _Difference]:
+    """What only the engine has, and what only the router has. The device tier is not ours."""
+    ours = {(tier, h) for tier, hashes in held.items() for h in hashes if tier != "device"}
+    theirs = {(tier, h) for tier, hashes in believed.items() for h in hashes if tier != "device"}
+    return ours - theirs, theirs - ours
+
+
+def _comparison(
+    source: Source, audit: Audit, missing: _Difference, surplus: _Difference
+) -> Comparison:
+    return Comparison(
+        *source,
+        audit.digests,
+        {tier: len(hashes) for tier, hashes in audit.held.items() if hashes},
+        _by_tier(missing),
+        _by_tier(surplus),
+    )
+
+
+def _by_tier(difference: _Difference) -> dict[str, list[int]]:
+    tiers = sorted({tier for tier, _ in difference})
+    return {tier: sorted(h for of, h in difference if of == tier) for tier in tiers}
+
+
+def sentences(comparisons: list[Comparison], *, most: int = 10) -> list[str]:
+    """What ``flexkv verify`` prints for people."""
+    lines = []
+    for one in comparisons:
+        held = ", ".join(f"{n} blocks in {tier}" for tier, n in one.num_held.items()) or "nothing"
+        verdict = "router == residency" if one.agrees else "the router is WRONG"
+        lines.append(f"worker {one.worker_id}, rank {one.dp_rank}: {verdict} ({held})")
+        for word, by_tier in (("missing", one.missing), ("surplus", one.surplus)):
+            for tier, hashes in by_tier.items():
+                shown = " ".join(f"{h:016x}" for h in hashes[:most])
+                more = f" and {len(hashes) - most} more" if len(hashes) > most else ""
+                lines.append(f"  {word} in {tier}: {len(hashes)}: {shown}{more}")
+    return lines
+
+
+def printed(comparisons: list[Comparison], *, as_json: bool) -> str:
+    """The whole output."""
+    if as_json:
+        return json.dumps([comparison.document() for comparison in comparisons], indent=2)
+    return "\n".join(sentences(comparisons))

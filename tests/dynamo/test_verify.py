@@ -1,0 +1,124 @@
+"""flexkv verify finds what a router is wrong about, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flexkv.blocks import Tier
+from flexkv.errors import FeedError
+from flexkv.events.audit import Collector, chunks
+from flexkv.events.feed import RecoverableFeed
+from flexkv.events.log import EventLog
+from flexkv.events.types import BlockStored
+from flexkv.replay.verify import sentences, verify
+from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
+
+if TYPE_CHECKING:
+    from flexkv.replay.deployment import FakeWorker, NatsServer
+
+
+def filled() -> Shelf:
+    shelf = Shelf()
+    for _ in range(20):
+        blocks = chain(10)
+        shelf.store(blocks)
+        shelf.store(blocks[:6], Tier.SSD)
+    return shelf
+
+
+async def test_a_router_that_believes_the_truth_agrees(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    async with feeding(shelf, config):
+        (found,) = await verify(config, TOKENS_PER_BLOCK)
+        assert found.agrees
+        assert found.num_held == {"host_pinned": 200, "disk": 120}
+        assert found.digests["disk"] == str(shelf.log.digests()[Tier.SSD])
+        (line,) = sentences([found])
+        assert line.startswith(
+            f"worker {worker.worker_id}, rank 0: router == residency (200 blocks"
+        )
+
+
+async def test_a_planted_difference_of_each_kind_is_found(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    never_told, never_taken_back = chain(1), chain(1)
+    shelf.store(never_told)
+    planted = BlockStored(never_taken_back, Tier.SSD)
+    async with feeding(shelf, config) as sink:
+        liar = EventLog(
+            ring=1,
+            max_event_blocks=99,
+            walk=lambda: iter([e for e in shelf._walk() if e.blocks != never_told] + [planted]),
+        )
+        liar.last_id = shelf.log.last_id
+        assert isinstance(sink._feed, RecoverableFeed)
+        sink._feed._answers._source = liar  # routers ask this one
+        (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
+    assert found.missing == {"host_pinned": never_told.router_hashes()}
+    assert found.surplus == {"disk": never_taken_back.router_hashes()}
+    assert not found.agrees
+    lines = sentences([found])
+    assert lines[1] == f"  missing in host_pinned: 1: {never_told.router_hashes()[0]:016x}"
+    assert lines[2] == f"  surplus in disk: 1: {never_taken_back.router_hashes()[0]:016x}"
+
+
+async def test_the_command_says_it_with_its_exit_status(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    file = tmp_path / "flexkv.json"
+    events = {
+        "sink": "nats",
+        "nats_servers": nats_server.url,
+        "namespace": "flexkv",
+        "worker_id": worker.worker_id,
+        "discovery_path": str(tmp_path),
+    }
+    cache = {"tokens_per_block": TOKENS_PER_BLOCK}
+    file.write_text(json.dumps({"cache_config": cache, "events": events}))
+    async with feeding(shelf, config):
+        process = await asyncio.create_subprocess_exec(
+            Path(sys.executable).with_name("flexkv"),
+            *("verify", "--config", str(file), "--json"),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+    assert process.returncode == 0
+    (document,) = json.loads(out)
+    assert document["agrees"] is True
+    assert document["blocks"] == {"host_pinned": 200, "disk": 120}
+
+
+async def test_nothing_to_compare_is_an_error_that_says_where_it_looked(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    with pytest.raises(FeedError, match=rf"no flexkv source.*{tmp_path}"):
+        await verify(settings(nats_server.url, tmp_path, 1), TOKENS_PER_BLOCK)
+
+
+def test_an_answer_comes_whole_or_not_at_all() -> None:
+    shelf = filled()
+    messages = [message for message in chunks(shelf.log, shelf.log.digests()) if message]
+    collector = Collector()
+    audits = [collector.take(message) for message in messages]
+    assert audits[:-1] == [None] * (len(messages) - 1)
+    audit = audits[-1]
+    assert audit is not None
+    assert len(audit.held["host_pinned"]) == 200
+    with pytest.raises(ValueError, match="not the next"):
+        Collector().take(messages[1])
+    with pytest.raises(ValueError, match="not a chunk"):
+        Collector().take(messages[0][:-1])
