@@ -43,16 +43,24 @@ def make_copier(
         LayoutError: they can't be cut into blocks of ``tokens_per_block`` tokens and
             ``block_nbytes`` bytes, or this version has no copier for the device.
     """
-    devices = {cache.device.type for cache in kv_caches.values()}
-    if unknown := devices - {"cpu"}:
+    devices = {cache.device for cache in kv_caches.values()}
+    if unknown := {device.type for device in devices} - {"cpu", "cuda"}:
         names = " and ".join(sorted(name.upper() for name in unknown))
-        raise LayoutError(f"{names} caches are not in this version: CPU tensors only")
+        raise LayoutError(f"{names} caches are not in this version: CPU and CUDA tensors only")
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise LayoutError(f"the caches are on {names}: one rank has them all on one device")
     paged = segments_of(kv_caches, tokens_per_block, block_axis)
     if paged.block_nbytes != block_nbytes:
         raise LayoutError(
             f"a block of these {paged.num_layers} layers has {paged.block_nbytes} bytes, but the "
             f"layout says block_nbytes={block_nbytes}"
         )
+    device = next(iter(devices))
+    if device.type == "cuda":
+        from flexkv.tiers.cuda import CudaPagedCopier  # noqa: PLC0415  # whom it concerns
+
+        return CudaPagedCopier(paged, device)
     return CpuPagedCopier(paged)
 
 
