@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from flexkv.errors import ConfigError, EngineClosedError, InputError, LayoutError, TransferError
@@ -18,12 +17,11 @@ from flexkv.tiers.cuda_channel import CudaChannel
 from flexkv.tiers.cuda_host import CudaPinner, cpus_of
 from flexkv.tiers.cuda_lane import Lane
 from flexkv.tiers.cuda_slices import Shape, WayTable, cut
+from flexkv.tiers.gpu import checked_ids
 from flexkv.tiers.pinning import Pinning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
     from flexkv.tiers.cuda_kernel import KernelMover
     from flexkv.tiers.host import HostPool
@@ -132,14 +130,14 @@ class CudaPagedCopier:
             raise InputError("no host pool is attached: call attach_pool first")
         if len(block_ids) != len(slots):
             raise InputError(f"{len(block_ids)} block ids do not go with {len(slots)} slots")
-        ids = _in_range("block id", block_ids, self._paged.num_blocks)
-        places = _in_range("slot", slots, self._num_slots)
+        block_ids = checked_ids("block id", block_ids, self._paged.num_blocks)
+        slots = checked_ids("slot", slots, self._num_slots)
         self._check_loss()
         if not self._warm.done():
             await asyncio.shield(asyncio.wrap_future(self._warm))
-        await self._pinning.wait(places)
+        await self._pinning.wait(slots)
         self._check_loss()
-        slices = cut(ids, places, self._shape, self._table, is_store=is_store)
+        slices = cut(block_ids, slots, self._shape, self._table, is_store=is_store)
         await self._lanes[is_store].copy(slices, after)
 
     def _check_loss(self) -> None:
@@ -164,7 +162,7 @@ class CudaPagedCopier:
             has_kernel=kernel is not None,
         )
         self._num_slots = pool.num_slots
-        channels = self._new_channels(pool.region(rank), kernel)
+        channels = self._new_channels(pool.region(rank).data_ptr(), kernel)
         for is_store, name in ((False, "flexkv-load"), (True, "flexkv-store")):
             self._lanes[is_store] = Lane(
                 name,
@@ -175,19 +173,17 @@ class CudaPagedCopier:
         self._begin_warm_up([channel for both in channels.values() for channel in both])
 
     def _new_channels(
-        self, region: torch.Tensor, kernel: KernelMover | None
+        self, region: int, kernel: KernelMover | None
     ) -> dict[bool, list[CudaChannel]]:
         """Two for each direction, with as large staging buffers as there is memory for."""
         assert self._shape is not None
-        size = region.shape[0] * region.stride(0)
-        flat = region.as_strided((size,), (1,))
         while True:
             try:
                 return {
                     is_store: [
                         CudaChannel(
                             self._paged,
-                            flat,
+                            region,
                             self._device,
                             is_store=is_store,
                             shape=self._shape,
@@ -251,15 +247,3 @@ def _kernel_of(paged: PagedSegments, row_stride: int, device: torch.device) -> K
     from flexkv.tiers.cuda_kernel import KernelMover  # noqa: PLC0415  # not everybody has Triton
 
     return KernelMover(paged, row_stride, device)
-
-
-def _in_range(name: str, ids: Sequence[int], limit: int) -> NDArray[np.int64]:
-    numbers = np.asarray(ids)
-    if not numbers.size:
-        return np.empty(0, np.int64)
-    if numbers.dtype.kind not in "iu":
-        raise InputError(f"a {name} is not a whole number")
-    if not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
-        wrong = next(i for i in numbers.tolist() if not 0 <= i < limit)
-        raise InputError(f"{name} {wrong} is out of range: there are {limit}")
-    return numbers.astype(np.int64, copy=False)

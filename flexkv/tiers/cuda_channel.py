@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flexkv.tiers import cuda_dma
 from flexkv.tiers.cuda_gather import TorchMover
 from flexkv.tiers.cuda_lane import Submitted
 from flexkv.tiers.cuda_slices import Way, slice_blocks
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CudaChannel:
-    """Copies slices between the cache and ``region``, all slots of a rank as one row of bytes.
+    """Copies slices between the cache and the pool's slots, the first of which is at ``pool``.
 
     ``kernel`` is None where there is no Triton.
     """
@@ -25,7 +26,7 @@ class CudaChannel:
     def __init__(
         self,
         paged: PagedSegments,
-        region: torch.Tensor,
+        pool: int,
         device: torch.device,
         *,
         is_store: bool,
@@ -33,47 +34,37 @@ class CudaChannel:
         table: WayTable,
         kernel: KernelMover | None,
     ) -> None:
-        self._is_store = is_store
-        self._table = table
-        self._shape = shape
-        self._region = region
+        self._paged = paged
+        self._pool = pool
         self._device = device
+        self._is_store = is_store
+        self._stride = shape.slot_stride
+        self._table = table
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        most = slice_blocks(shape, table)
         # for blocks that are whole as well: these may be too small to be copied one by one
-        self._staging = torch.empty(most * shape.slot_stride, dtype=torch.uint8, device=device)
-        self._row_ids = torch.arange(most, device=device)
+        most = slice_blocks(shape, table)
+        self._staging = torch.empty(most * self._stride, dtype=torch.uint8, device=device)
         # As many as there are slices in flight in both streams: the one before has ended then.
         self._ids = torch.empty((table.max_slices, 2, most), dtype=torch.int64, pin_memory=True)
-        self._ids_now = 0
-        self._segment = paged.segments[0]
-        self._cache = torch.empty(0, dtype=torch.uint8, device=device).set_(
-            paged.storages[self._segment.storage]
-        )
+        self._numbers = self._ids.numpy()
+        self._turn = 0
         self._kernel = kernel
-        self._gather = TorchMover(paged, self._staging, shape.slot_stride, device)
-        if kernel is not None:
-            self._staging_rows = kernel.view(self._staging)
-            self._region_rows = kernel.view(region)
+        if kernel is None:
+            self._gather = TorchMover(paged, self._staging, self._stride, device)
+        else:
+            first = self._staging.data_ptr()
+            places = [kernel.place(first + row * self._stride) for row in range(most)]
+            self._staging_places = torch.tensor(places, device=device)
 
     def warm_up(self) -> None:
         """Have the kernel compiled."""
         if self._kernel is not None:
-            with torch.cuda.stream(self._stream):
-                self._kernel.move(
-                    self._ids[0, 0],
-                    self._row_ids,
-                    self._staging_rows,
-                    0,
-                    to_rows=self._is_store,
-                    num_programs=1,
-                )
+            self._kernel.compile(to_rows=self._is_store)
 
     def submit(self, part: Slice, after: object) -> Submitted:
         """Launch the copy of ``part`` behind the event ``after``; see ``Channel``."""
         error: RuntimeError | None = None
-        # caches made in inference mode can be written in inference mode only
-        with torch.cuda.stream(self._stream), torch.inference_mode():
+        with torch.cuda.device(self._device):
             try:
                 if isinstance(after, torch.cuda.Event):
                     self._stream.wait_event(after)
@@ -88,59 +79,66 @@ class CudaChannel:
         if part.way is Way.WHOLE:
             self._copy_whole(part)
             return
-        ids = self._ids[self._ids_now]
-        self._ids_now = (self._ids_now + 1) % len(self._ids)
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._numbers)
         num_blocks = len(part.slots)
-        ids[0, :num_blocks] = torch.from_numpy(part.block_ids)
+        self._numbers[turn, 0, :num_blocks] = part.block_ids
         if part.way is Way.DIRECT:
-            assert self._kernel is not None
-            ids[1, :num_blocks] = torch.from_numpy(part.slots)
-            self._kernel.move(
-                ids[0],
-                ids[1],
-                self._region_rows,
-                num_blocks,
-                to_rows=self._is_store,
-                num_programs=self._table.direct_programs,
-            )
+            self._move_directly(part, turn)
         elif self._is_store:
-            self._move(ids[0], num_blocks)
+            self._move(turn, num_blocks)
             self._copy_staged(part)
         else:
             self._copy_staged(part)
-            self._move(ids[0], num_blocks)
+            self._move(turn, num_blocks)
 
-    def _move(self, block_ids: torch.Tensor, num_blocks: int) -> None:
+    def _move_directly(self, part: Slice, turn: int) -> None:
+        kernel, pool, stride = self._kernel, self._pool, self._stride
+        assert kernel is not None
+        places = [kernel.place(pool + slot * stride) for slot in part.slots]
+        self._numbers[turn, 1, : len(places)] = places
+        first = self._ids.data_ptr() + turn * self._ids.stride(0) * 8
+        kernel.move(
+            first,
+            first + self._ids.stride(1) * 8,
+            len(places),
+            to_rows=self._is_store,
+            num_programs=self._table.direct_programs,
+            stream=self._stream.cuda_stream,
+        )
+
+    def _move(self, turn: int, num_blocks: int) -> None:
+        """Between the cache and the staging buffer."""
         if self._kernel is None:
-            self._gather.move(block_ids[:num_blocks], to_rows=self._is_store)
+            # caches made in inference mode can be written in inference mode only
+            with torch.cuda.stream(self._stream), torch.inference_mode():
+                self._gather.move(self._ids[turn, 0, :num_blocks], to_rows=self._is_store)
             return
         self._kernel.move(
-            block_ids,
-            self._row_ids,
-            self._staging_rows,
+            self._ids.data_ptr() + turn * self._ids.stride(0) * 8,
+            self._staging_places.data_ptr(),
             num_blocks,
             to_rows=self._is_store,
             num_programs=self._table.staged_programs,
+            stream=self._stream.cuda_stream,
         )
 
     def _copy_staged(self, part: Slice) -> None:
-        stride = self._shape.slot_stride
+        stride, staging = self._stride, self._staging.data_ptr()
         for first, number in part.runs:
-            nbytes = number * stride
-            host = self._region.narrow(0, int(part.slots[first]) * stride, nbytes)
-            self._copy(host, self._staging.narrow(0, first * stride, nbytes))
+            self._copy(part.slots[first], staging + first * stride, number * stride)
 
     def _copy_whole(self, part: Slice) -> None:
         """A run of more than one block is as contiguous in the cache as it is in the pool."""
-        segment, stride = self._segment, self._shape.slot_stride
+        segment = self._paged.segments[0]
         for first, number in part.runs:
-            nbytes = (number - 1) * stride + segment.nbytes
-            host = self._region.narrow(0, int(part.slots[first]) * stride, nbytes)
-            start = segment.offset + int(part.block_ids[first]) * segment.stride
-            self._copy(host, self._cache.narrow(0, start, nbytes))
+            nbytes = (number - 1) * self._stride + segment.nbytes
+            address = self._paged.address(segment, part.block_ids[first])
+            self._copy(part.slots[first], address, nbytes)
 
-    def _copy(self, host: torch.Tensor, device: torch.Tensor) -> None:
+    def _copy(self, slot: int, address: int, nbytes: int) -> None:
+        host, stream = self._pool + slot * self._stride, self._stream.cuda_stream
         if self._is_store:
-            host.copy_(device, non_blocking=True)
+            cuda_dma.copy(host, address, nbytes, to_host=True, stream=stream)
         else:
-            device.copy_(host, non_blocking=True)
+            cuda_dma.copy(address, host, nbytes, to_host=False, stream=stream)

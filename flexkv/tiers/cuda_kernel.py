@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,84 +20,94 @@ _NUM_WARPS = 8
 
 
 class KernelMover:
-    """Moves blocks of ``paged`` to rows of ``row_stride`` bytes, or back.
+    """Moves blocks of ``paged`` to rows ``row_stride`` bytes apart, or back.
 
     Any memory that the GPU can reach may hold the rows: a staging buffer, or the pinned host pool.
     """
 
     def __init__(self, paged: PagedSegments, row_stride: int, device: torch.device) -> None:
         bases = [storage.data_ptr() for storage in paged.storages]
+        self._base = min(bases)
         numbers = [number for segment in paged.segments for number in segment[1:]]
         unit = gcd(16, row_stride, *numbers, *bases)
-        element = min(unit, 8)
-        pieces = [
-            [number // element for number in piece]
-            for piece in _pieces(paged, min(bases), _CHUNK_NBYTES)
-        ]
-        most = max(piece[3] for piece in pieces)
+        self._element = element = min(unit, 8)
+        pieces = [[number // element for number in piece] for piece in _pieces(paged, self._base)]
         self._cache = torch.empty(0, dtype=_DTYPES[element], device=device).set_(
-            paged.storages[bases.index(min(bases))]
+            paged.storages[bases.index(self._base)]
         )
         self._num_pieces = len(pieces)
         self._table = torch.tensor(pieces, dtype=torch.int64, device=device)
-        self._row_stride = row_stride // element
-        self._constants = {
-            "ALIGN": unit // element,
-            "CHUNK": triton.next_power_of_2(most),
-            "num_warps": _NUM_WARPS,
-        }
+        most = max(piece[3] for piece in pieces)
+        self._constants = (unit // element, triton.next_power_of_2(most))
+        self._kernels: dict[bool, Any] = {}  # by whether it moves to rows
 
-    def view(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows``, a flat tensor of bytes, as ``move`` takes it."""
-        return rows.view(self._cache.dtype)
+    def place(self, address: int) -> int:
+        """``address``, a row's first byte, as ``move`` takes it."""
+        return (address - self._base) // self._element
+
+    def compile(self, *, to_rows: bool) -> None:
+        """To be called before ``move``: takes a second, where it is not in Triton's cache."""
+        with torch.cuda.device(self._table.device):
+            self._kernels[to_rows] = _move_pieces.warmup(
+                self._cache,
+                self._table,
+                self._table,
+                self._table,
+                2,
+                2,
+                to_rows,
+                *self._constants,
+                num_warps=_NUM_WARPS,
+                grid=(1,),
+            )
 
     def move(
         self,
-        block_ids: torch.Tensor,
-        row_ids: torch.Tensor,
-        rows: torch.Tensor,
+        block_ids: int,
+        places: int,
         num_blocks: int,
         *,
         to_rows: bool,
         num_programs: int,
+        stream: int,
     ) -> None:
-        """Launch, on the current stream. ``block_ids[i]`` goes with ``row_ids[i]``, both int64."""
+        """Launch on ``stream``, a handle of CUDA's.
+
+        ``block_ids`` and ``places`` are addresses of as many int64, of blocks and of their rows.
+        """
         total = num_blocks * self._num_pieces
-        _move_pieces[(max(1, min(total, num_programs)),)](
+        self._kernels[to_rows][min(total, num_programs), 1, 1](
             self._cache,
-            rows,
             self._table,
             block_ids,
-            row_ids,
+            places,
             total,
             self._num_pieces,
-            self._row_stride,
-            TO_ROWS=to_rows,
-            **self._constants,
+            to_rows,
+            *self._constants,
+            stream=stream,
         )
 
 
-def _pieces(paged: PagedSegments, base: int, chunk_nbytes: int) -> Iterator[list[int]]:
+def _pieces(paged: PagedSegments, base: int) -> Iterator[list[int]]:
     """In bytes: where it is in block 0, from ``base`` on; from block to block; in a row; length."""
     in_row = 0
     for segment in paged.segments:
         address = paged.address(segment, 0) - base
-        for at in range(0, segment.nbytes, chunk_nbytes):
-            nbytes = min(chunk_nbytes, segment.nbytes - at)
+        for at in range(0, segment.nbytes, _CHUNK_NBYTES):
+            nbytes = min(_CHUNK_NBYTES, segment.nbytes - at)
             yield [address + at, segment.stride, in_row + at, nbytes]
         in_row += segment.nbytes
 
 
-@triton.jit(do_not_specialize=["total", "num_pieces", "row_stride"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["total", "num_pieces"])  # type: ignore[untyped-decorator]
 def _move_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     cache,  # noqa: ANN001
-    rows,  # noqa: ANN001
     table,  # noqa: ANN001
     block_ids,  # noqa: ANN001
-    row_ids,  # noqa: ANN001
+    places,  # noqa: ANN001
     total,  # noqa: ANN001
     num_pieces,  # noqa: ANN001
-    row_stride,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
@@ -107,14 +117,15 @@ def _move_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
         index = number // num_pieces
         piece = table + (number % num_pieces) * 4
         block_id = tl.load(block_ids + index)
-        row_id = tl.load(row_ids + index)
+        place = tl.load(places + index)
         in_cache = tl.multiple_of(tl.load(piece) + block_id * tl.load(piece + 1), ALIGN)
-        in_rows = tl.multiple_of(tl.load(piece + 2) + row_id * row_stride, ALIGN)
+        in_row = tl.multiple_of(tl.load(piece + 2) + place, ALIGN)
         length = tl.multiple_of(tl.load(piece + 3), ALIGN)
         inside = lane < length
+        # both from one pointer on: what is far away has a large, or a negative, offset
         if TO_ROWS:
             values = tl.load(cache + in_cache + lane, mask=inside)
-            tl.store(rows + in_rows + lane, values, mask=inside)
+            tl.store(cache + in_row + lane, values, mask=inside)
         else:
-            values = tl.load(rows + in_rows + lane, mask=inside)
+            values = tl.load(cache + in_row + lane, mask=inside)
             tl.store(cache + in_cache + lane, values, mask=inside)

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
 
 
 class Way(Enum):
@@ -27,7 +23,7 @@ class WayTable:
     """Which way is the fastest; measured by ``benchmarks/gpu_copies.py``."""
 
     slice_nbytes: int = 32 << 20  # of a staging buffer too: two for each direction
-    first_nbytes: int = 4 << 20  # a small slice at the end that does not overlap
+    first_nbytes: int = 8 << 20  # the first slices of a store, whose kernel nothing overlaps
     max_slices: int = 8  # in flight, in each direction
     direct_store_nbytes: int = 4 << 20  # up to this a store is one kernel
     direct_load_nbytes: int = 4 << 20
@@ -38,11 +34,11 @@ class WayTable:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Blocks and their slots, with the runs of consecutive ones as (first index, how many)."""
+    """Blocks and their slots, with what moves as one as (first index, how many)."""
 
     way: Way
-    block_ids: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    block_ids: Sequence[int]
+    slots: Sequence[int]
     runs: Sequence[tuple[int, int]]
 
 
@@ -59,28 +55,22 @@ class Shape:
 
 
 def cut(
-    block_ids: NDArray[np.int64],
-    slots: NDArray[np.int64],
+    block_ids: Sequence[int],
+    slots: Sequence[int],
     shape: Shape,
     table: WayTable,
     *,
     is_store: bool,
 ) -> Iterator[Slice]:
     """The slices of a copy, in their order."""
-    if not len(slots):
-        return
-    breaks = np.diff(slots) != 1
-    breaks |= slots[1:] % shape.slots_per_chunk == 0
-    way = _way(len(slots), int(breaks.sum()) + 1, shape, table, is_store=is_store)
-    if way is Way.WHOLE:
-        breaks |= np.diff(block_ids) != 1 if shape.blocks_touch else True
+    way = _way(block_ids, slots, shape, table, is_store=is_store)
     sizes = _sizes(len(slots), shape, table, is_ramp=way is Way.STAGED)
     at = 0
     for size in sizes if is_store else reversed(sizes):
-        end = at + size
-        runs = () if way is Way.DIRECT else _runs(breaks[at : end - 1])
-        yield Slice(way, block_ids[at:end], slots[at:end], runs)
-        at = end
+        ids, places = block_ids[at : at + size], slots[at : at + size]
+        runs = () if way is Way.DIRECT else _runs(ids, places, shape, way)
+        yield Slice(way, ids, places, runs)
+        at += size
 
 
 def slice_blocks(shape: Shape, table: WayTable) -> int:
@@ -88,20 +78,25 @@ def slice_blocks(shape: Shape, table: WayTable) -> int:
     return max(1, table.slice_nbytes // shape.slot_stride)
 
 
-def _way(num_blocks: int, num_runs: int, shape: Shape, table: WayTable, *, is_store: bool) -> Way:
-    nbytes = num_blocks * shape.block_nbytes
+def _way(
+    block_ids: Sequence[int], slots: Sequence[int], shape: Shape, table: WayTable, *, is_store: bool
+) -> Way:
     if shape.is_whole and shape.block_nbytes >= table.dma_nbytes:
         return Way.WHOLE
     if not shape.has_kernel:
         return Way.STAGED
-    most = table.direct_store_nbytes if is_store else table.direct_load_nbytes
-    if nbytes <= most or nbytes < num_runs * table.dma_nbytes:
+    nbytes = len(slots) * shape.block_nbytes
+    if nbytes <= (table.direct_store_nbytes if is_store else table.direct_load_nbytes):
         return Way.DIRECT
+    if shape.block_nbytes < table.dma_nbytes:
+        num_runs = len(_runs(block_ids, slots, shape, Way.STAGED))
+        if nbytes < num_runs * table.dma_nbytes:
+            return Way.DIRECT
     return Way.STAGED
 
 
 def _sizes(num_blocks: int, shape: Shape, table: WayTable, *, is_ramp: bool) -> list[int]:
-    """Slices in blocks, for a store: the first is small, since nothing overlaps its kernel."""
+    """Slices in blocks, as a store has them; a load turns them round."""
     most = slice_blocks(shape, table)
     size = max(1, min(most, table.first_nbytes // shape.slot_stride)) if is_ramp else most
     sizes = []
@@ -112,7 +107,19 @@ def _sizes(num_blocks: int, shape: Shape, table: WayTable, *, is_ramp: bool) -> 
     return sizes
 
 
-def _runs(breaks: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    ends = [*(np.flatnonzero(breaks) + 1).tolist(), len(breaks) + 1]
-    starts = [0, *ends[:-1]]
-    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+def _runs(
+    block_ids: Sequence[int], slots: Sequence[int], shape: Shape, way: Way
+) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    next_id = next_slot = -1
+    for index, (block_id, slot) in enumerate(zip(block_ids, slots, strict=True)):
+        goes_on = slot == next_slot and slot % shape.slots_per_chunk
+        if way is Way.WHOLE:
+            goes_on = goes_on and shape.blocks_touch and block_id == next_id
+        if goes_on and runs:
+            first, number = runs[-1]
+            runs[-1] = (first, number + 1)
+        else:
+            runs.append((index, 1))
+        next_id, next_slot = block_id + 1, slot + 1
+    return runs

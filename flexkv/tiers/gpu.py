@@ -195,8 +195,8 @@ class CpuPagedCopier:
         """What to copy as (block id, slot, how many of both from there on)."""
         if len(block_ids) != len(slots):
             raise InputError(f"{len(block_ids)} block ids do not go with {len(slots)} slots")
-        block_ids = _in_range("block id", block_ids, self._paged.num_blocks)
-        slots = _in_range("slot", slots, self._num_slots)
+        block_ids = checked_ids("block id", block_ids, self._paged.num_blocks)
+        slots = checked_ids("slot", slots, self._num_slots)
         runs: list[tuple[int, int, int]] = []
         first_id = first_slot = length = 0
         for block_id, slot in zip(block_ids, slots, strict=True):
@@ -305,7 +305,12 @@ class CpuPagedCopier:
                 copy.done.get_loop().call_soon_threadsafe(self._wake)
 
 
-def _in_range(name: str, ids: Sequence[int], limit: int) -> list[int]:
+def checked_ids(name: str, ids: Sequence[int], limit: int) -> list[int]:
+    """``ids`` as integers: 0 to ``limit`` - 1.
+
+    Raises:
+        InputError: there are others.
+    """
     try:
         whole = list(map(operator.index, ids))
     except TypeError as error:

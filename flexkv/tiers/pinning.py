@@ -16,6 +16,8 @@ from flexkv.errors import ConfigError, TransferError
 from flexkv.tiers.numa import stay_on
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ class Pinning:
     """The pinned part of ``rank``'s region of ``pool``: it grows until it is all.
 
     Each thread touches a chunk, on ``cpus`` (any, if there are none), then pins it. Chunks end at
-    the end of a slot. First come those that somebody waits for; then those of the last slots,
+    the end of a slot (``chunk_nbytes`` 0: 64 MiB or more). First come those that somebody waits for; then those of the last slots,
     since an index hands these out first.
 
     Raises:
@@ -58,14 +60,16 @@ class Pinning:
         pinner: Pinner,
         *,
         cpus: set[int] | None = None,
-        chunk_nbytes: int = _CHUNK_NBYTES,
+        chunk_nbytes: int = 0,
     ) -> None:
         pool.require_memory(pool.num_slots * pool.slot_stride)
         self._pool = pool
         self._pinner = pinner
         self._cpus = cpus or set()
         self._region: torch.Tensor | None = pool.region(rank)  # keeps the memory mapped
-        chunk_nbytes = max(chunk_nbytes, -(-pool.num_slots * pool.slot_stride // _MAX_CHUNKS))
+        chunk_nbytes = max(
+            chunk_nbytes or _CHUNK_NBYTES, -(-pool.num_slots * pool.slot_stride // _MAX_CHUNKS)
+        )
         self.slots_per_chunk = max(1, min(chunk_nbytes, _MAX_CHUNK_NBYTES) // pool.slot_stride)
         num_chunks = -(-pool.num_slots // self.slots_per_chunk)
         self._is_pinned = np.zeros(num_chunks, bool)
@@ -89,7 +93,7 @@ class Pinning:
         """How many threads touch and pin."""
         return len(self._threads)
 
-    async def wait(self, slots: NDArray[np.int64]) -> None:
+    async def wait(self, slots: Sequence[int]) -> None:
         """Until all of ``slots`` are pinned.
 
         Raises:
@@ -97,7 +101,7 @@ class Pinning:
         """
         if not self._num_left:
             return
-        chunks = np.unique(slots // self.slots_per_chunk)
+        chunks = np.unique(np.array(slots, np.int64) // self.slots_per_chunk)
         with self._changed:
             if self._is_pinned[chunks].all():
                 return
