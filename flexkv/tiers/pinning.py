@@ -45,9 +45,9 @@ class Pinner(Protocol):
 class Pinning:
     """The pinned part of ``rank``'s region of ``pool``: it grows until it is all.
 
-    Each thread touches a chunk, on ``cpus`` (any, if there are none), then pins it. Chunks end at
-    the end of a slot (``chunk_nbytes`` 0: 64 MiB or more). First come those that somebody waits for; then those of the last slots,
-    since an index hands these out first.
+    Each thread touches a chunk, on ``cpus`` (any, if there are none), then pins it. Chunks have
+    ``chunk_nbytes`` (0: 64 MiB or more) and end at the end of a slot. First come those that
+    somebody waits for; then those of the last slots, since an index hands these out first.
 
     Raises:
         ConfigError: less memory is available than the region still needs.
@@ -67,9 +67,8 @@ class Pinning:
         self._pinner = pinner
         self._cpus = cpus or set()
         self._region: torch.Tensor | None = pool.region(rank)  # keeps the memory mapped
-        chunk_nbytes = max(
-            chunk_nbytes or _CHUNK_NBYTES, -(-pool.num_slots * pool.slot_stride // _MAX_CHUNKS)
-        )
+        nbytes = pool.num_slots * pool.slot_stride
+        chunk_nbytes = max(chunk_nbytes or _CHUNK_NBYTES, -(-nbytes // _MAX_CHUNKS))
         self.slots_per_chunk = max(1, min(chunk_nbytes, _MAX_CHUNK_NBYTES) // pool.slot_stride)
         num_chunks = -(-pool.num_slots // self.slots_per_chunk)
         self._is_pinned = np.zeros(num_chunks, bool)
