@@ -156,7 +156,7 @@ class TransfersConfig(Settings):
 
     chunk_bytes: int = setting(
         "a load or store is copied in chunks of about this size",
-        default=2**23,
+        default=2**26,
         ge=1,
         le=_MAX_NBYTES,
     )

@@ -106,8 +106,7 @@ class Engine:
                     layout.num_ranks,
                     settings.touch_threads,
                 )
-                exits.callback(pool.close)
-                await asyncio.to_thread(pool.touch_all)
+                exits.callback(pool.close)  # each copier touches its own region
             tasks = asyncio.TaskGroup()
             await tasks.__aenter__()
             # not told of other errors, which it would wrap

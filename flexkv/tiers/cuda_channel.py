@@ -36,17 +36,23 @@ class CudaChannel:
     ) -> None:
         self._paged = paged
         self._pool = pool
-        self._device = device
         self._is_store = is_store
         self._stride = shape.slot_stride
         self._table = table
+        self._on_device = torch.cuda.device(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._handle = self._stream.cuda_stream
         # for blocks that are whole as well: these may be too small to be copied one by one
         most = slice_blocks(shape, table)
         self._staging = torch.empty(most * self._stride, dtype=torch.uint8, device=device)
         # As many as there are slices in flight in both streams: the one before has ended then.
         self._ids = torch.empty((table.max_slices, 2, most), dtype=torch.int64, pin_memory=True)
         self._numbers = self._ids.numpy()
+        self._addresses = [(ids[0].data_ptr(), ids[1].data_ptr()) for ids in self._ids]
+        self._events: list[torch.cuda.Event] = [
+            torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            for _ in range(table.max_slices)
+        ]
         self._turn = 0
         self._kernel = kernel
         if kernel is None:
@@ -64,23 +70,23 @@ class CudaChannel:
     def submit(self, part: Slice, after: object) -> Submitted:
         """Launch the copy of ``part`` behind the event ``after``; see ``Channel``."""
         error: RuntimeError | None = None
-        with torch.cuda.device(self._device):
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._events)
+        event = self._events[turn]
+        with self._on_device:
             try:
                 if isinstance(after, torch.cuda.Event):
                     self._stream.wait_event(after)
-                self._launch(part)
+                self._launch(part, turn)
             except RuntimeError as failure:
                 error = failure
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return Submitted(event, error)
 
-    def _launch(self, part: Slice) -> None:
+    def _launch(self, part: Slice, turn: int) -> None:
         if part.way is Way.WHOLE:
             self._copy_whole(part)
             return
-        turn = self._turn
-        self._turn = (turn + 1) % len(self._numbers)
         num_blocks = len(part.slots)
         self._numbers[turn, 0, :num_blocks] = part.block_ids
         if part.way is Way.DIRECT:
@@ -97,14 +103,12 @@ class CudaChannel:
         assert kernel is not None
         places = [kernel.place(pool + slot * stride) for slot in part.slots]
         self._numbers[turn, 1, : len(places)] = places
-        first = self._ids.data_ptr() + turn * self._ids.stride(0) * 8
         kernel.move(
-            first,
-            first + self._ids.stride(1) * 8,
+            *self._addresses[turn],
             len(places),
             to_rows=self._is_store,
             num_programs=self._table.direct_programs,
-            stream=self._stream.cuda_stream,
+            stream=self._handle,
         )
 
     def _move(self, turn: int, num_blocks: int) -> None:
@@ -115,12 +119,12 @@ class CudaChannel:
                 self._gather.move(self._ids[turn, 0, :num_blocks], to_rows=self._is_store)
             return
         self._kernel.move(
-            self._ids.data_ptr() + turn * self._ids.stride(0) * 8,
+            self._addresses[turn][0],
             self._staging_places.data_ptr(),
             num_blocks,
             to_rows=self._is_store,
             num_programs=self._table.staged_programs,
-            stream=self._stream.cuda_stream,
+            stream=self._handle,
         )
 
     def _copy_staged(self, part: Slice) -> None:
@@ -137,7 +141,7 @@ class CudaChannel:
             self._copy(part.slots[first], address, nbytes)
 
     def _copy(self, slot: int, address: int, nbytes: int) -> None:
-        host, stream = self._pool + slot * self._stride, self._stream.cuda_stream
+        host, stream = self._pool + slot * self._stride, self._handle
         if self._is_store:
             cuda_dma.copy(host, address, nbytes, to_host=True, stream=stream)
         else:

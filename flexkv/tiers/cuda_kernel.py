@@ -37,6 +37,7 @@ class KernelMover:
         )
         self._num_pieces = len(pieces)
         self._table = torch.tensor(pieces, dtype=torch.int64, device=device)
+        self._table_address = self._table.data_ptr()
         most = max(piece[3] for piece in pieces)
         self._constants = (unit // element, triton.next_power_of_2(most))
         self._kernels: dict[bool, Any] = {}  # by whether it moves to rows
@@ -48,7 +49,7 @@ class KernelMover:
     def compile(self, *, to_rows: bool) -> None:
         """To be called before ``move``: takes a second, where it is not in Triton's cache."""
         with torch.cuda.device(self._table.device):
-            self._kernels[to_rows] = _move_pieces.warmup(
+            kernel = _move_pieces.warmup(
                 self._cache,
                 self._table,
                 self._table,
@@ -60,6 +61,8 @@ class KernelMover:
                 num_warps=_NUM_WARPS,
                 grid=(1,),
             )
+            kernel[1, 1, 1]  # loads it, and launches nothing
+        self._kernels[to_rows] = kernel
 
     def move(
         self,
@@ -77,8 +80,8 @@ class KernelMover:
         """
         total = num_blocks * self._num_pieces
         self._kernels[to_rows][min(total, num_programs), 1, 1](
-            self._cache,
-            self._table,
+            self._base,  # as numbers: a tensor would be asked for its address, and CUDA for that
+            self._table_address,
             block_ids,
             places,
             total,

@@ -106,7 +106,7 @@ class CpuPagedCopier:
         return self._paged.num_blocks
 
     def attach_pool(self, pool: HostPool, rank: int) -> None:
-        """Copy to and from ``pool``'s region of ``rank`` from now on.
+        """Copy to and from ``pool``'s region of ``rank`` from now on; touches it in the background.
 
         Raises:
             LayoutError: a slot is smaller than a block.
@@ -117,6 +117,7 @@ class CpuPagedCopier:
                 f"{self._paged.block_nbytes}"
             )
         self._pieces = list(_pieces_of(self._paged, pool.region(rank)))
+        pool.touch_soon(rank)
         self._num_slots = pool.num_slots
         largest = max(piece.cache[0].numel() for piece in self._pieces)
         self._max_run = _MAX_ELEMENTS // largest

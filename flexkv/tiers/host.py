@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 _ALIGNMENT = 4096  # what direct I/O asks for
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-_TOUCH_NBYTES = 64 << 20  # between two looks at whether the pool was closed
+_TOUCH_NBYTES = 4 << 20  # at a time: who wants to map memory meanwhile waits for the end
 _MAX_TOUCH_THREADS = 16
 _SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -127,6 +128,20 @@ class HostPool:
         """
         _check("rank", rank, self.num_ranks)
         self._touch(rank * self._region_nbytes, self._region_nbytes)
+
+    def touch_soon(self, rank: int) -> None:
+        """``touch`` in the background; what goes wrong is logged."""
+
+        def touch() -> None:
+            try:
+                self.touch(rank)
+            except ConfigError:
+                _log.exception("the host pool's memory can't all be taken")
+            except (InputError, OSError):
+                _log.debug("the host pool was closed before it was touched")
+
+        _check("rank", rank, self.num_ranks)
+        threading.Thread(target=touch, name="flexkv-touch", daemon=True).start()
 
     def touch_all(self) -> None:
         """``touch`` every region."""

@@ -72,6 +72,7 @@ class Pinning:
         self.slots_per_chunk = max(1, min(chunk_nbytes, _MAX_CHUNK_NBYTES) // pool.slot_stride)
         num_chunks = -(-pool.num_slots // self.slots_per_chunk)
         self._is_pinned = np.zeros(num_chunks, bool)
+        self._one_pins = threading.Lock()  # a copy that is launched then waits for one, not for all
         self._changed = threading.Lock()  # guards all that follows
         self._todo = dict.fromkeys(reversed(range(num_chunks)))
         self._wanted: deque[int] = deque()
@@ -144,7 +145,8 @@ class Pinning:
             try:
                 part = self._part(chunk)
                 self._pool.touch_part(part)
-                self._pinner.pin(part.data_ptr(), part.numel())
+                with self._one_pins:
+                    self._pinner.pin(part.data_ptr(), part.numel())
             except (ConfigError, RuntimeError) as error:
                 _log.exception("the host pool can't be pinned")
                 self._end(f"the host pool can't be pinned: {error}")

@@ -1,0 +1,337 @@
+"""Paged copies on a GPU against contiguous ones: how much of the link's speed is left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import subprocess
+import sys
+import time
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from _gpu import (
+    DEVICE,
+    GIB,
+    HEAD_SIZE,
+    MIB,
+    NUM_HEADS,
+    NUM_LAYERS,
+    contiguous_lane,
+    num_wrong,
+    paged_caches,
+    pairs,
+    seconds,
+)
+from _report import Report, percentile
+
+from flexkv import CacheConfig, Config, Engine, EventsConfig, KVLayout, blocks_of
+from flexkv.tiers.cuda import CudaPagedCopier
+from flexkv.tiers.gpu import make_copier
+from flexkv.tiers.host import HostPool
+from flexkv.tiers.segments import segments_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from _gpu import Caches
+
+TARGETS = {2: 0.95, 8: 0.90, 32: 0.92, 128: 0.95, 2048: 0.97}  # by MiB
+COLD = """
+import time, torch
+torch.empty(1, device="cuda")
+from flexkv.tiers.cuda import CudaPagedCopier
+from flexkv.tiers.host import HostPool
+from flexkv.tiers.segments import segments_of
+import asyncio, json
+async def main():
+    shape = (2, 64, 16, 8, 128)
+    caches = {str(i): torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for i in range(32)}
+    torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    pool = HostPool(4096, 2 << 20)
+    copier = CudaPagedCopier(segments_of(caches, 16), torch.device("cuda", 0))
+    copier.attach_pool(pool, 0)
+    await copier.scatter([4095], [1])
+    print(json.dumps(time.perf_counter() - started_s), flush=True)
+    await copier.close()
+asyncio.run(main())
+"""
+
+
+class Copies:
+    """Copiers of one block size, and contiguous copies of as many bytes."""
+
+    def __init__(self, tokens_per_block: int, nbytes: int) -> None:
+        self.name = f"{tokens_per_block} tokens"
+        self.caches: Caches = paged_caches(tokens_per_block, 2 * nbytes)
+        paged = segments_of(self.caches, tokens_per_block)
+        self.block_nbytes = paged.block_nbytes
+        self.num_blocks = paged.num_blocks
+        self.num_slots = nbytes // paged.block_nbytes
+        self.pool = HostPool(self.num_slots, paged.block_nbytes)
+        self.copier = CudaPagedCopier(paged, DEVICE)
+        self.copier.attach_pool(self.pool, 0)
+        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+        self.gpu = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+        self.lanes = {
+            is_store: contiguous_lane(self.host, self.gpu, is_store=is_store)
+            for is_store in (False, True)
+        }
+        half = nbytes // 2
+        self.half_lanes = [
+            contiguous_lane(self.host[:half], self.gpu[:half], is_store=False),
+            contiguous_lane(self.host[half:], self.gpu[half:], is_store=True),
+        ]
+        self._rng = random.Random(1)
+
+    def ids(self, number: int) -> list[int]:
+        """Random blocks."""
+        return self._rng.sample(range(self.num_blocks), number)
+
+    def slots(self, number: int, *, scattered: bool = False) -> list[int]:
+        """Consecutive slots, or random ones."""
+        if scattered:
+            return self._rng.sample(range(self.num_slots), number)
+        first = self._rng.randint(0, self.num_slots - number)
+        return list(range(first, first + number))
+
+    def ours(
+        self, ids: Iterator[list[int]], slots: Iterator[list[int]], *, is_store: bool
+    ) -> Awaitable[None]:
+        """A copy of the next blocks."""
+        if is_store:
+            return self.copier.gather(next(ids), next(slots), None)
+        return self.copier.scatter(next(slots), next(ids))
+
+    async def close(self) -> None:
+        """Give all memory back."""
+        await self.copier.close()
+        self.pool.close()
+        for lane in (*self.lanes.values(), *self.half_lanes):
+            lane.close()
+
+
+async def one_size(report: Report, copies: Copies, mib: int, *, scattered: bool = False) -> None:
+    """Both directions, one after the other."""
+    number = mib * MIB // copies.block_nbytes
+    num_pairs = 30 if mib == max(TARGETS) else 60 if mib > 8 else 200
+    num_pairs = num_pairs // 5 if report.quick else num_pairs
+    for is_store in (True, False):
+        ids = [copies.ids(number) for _ in range(num_pairs + 3)]
+        slots = [copies.slots(number, scattered=scattered) for _ in ids]
+        samples, references = await pairs(
+            partial(copies.ours, iter(ids), iter(slots), is_store=is_store),
+            partial(copies.lanes[is_store].copy, [number * copies.block_nbytes], None),
+            num_pairs,
+        )
+        direction = "GPU to host" if is_store else "host to GPU"
+        name = f"{copies.name}, {mib} MiB, {direction}"
+        name += ", random slots" if scattered else ""
+        ratio = median(references) / median(samples)
+        target = None if scattered else TARGETS[mib]
+        report.add(f"{name}: of contiguous", ratio, "", better="higher", target=target)
+        gbps = number * copies.block_nbytes / median(samples) / 1e9
+        report.add(f"{name}", gbps, "GB/s", better="higher")
+        report.add(f"{name} p50", 1e6 * median(samples), "us")
+        report.add(f"{name} p99", 1e6 * percentile(samples, 99), "us")
+
+
+async def check(report: Report, copies: Copies) -> None:
+    """Every size and direction once, compared."""
+    wrong = 0
+    for mib in TARGETS:
+        number = mib * MIB // copies.block_nbytes
+        for scattered in (False, True):
+            if number:
+                ids, slots = copies.ids(number), copies.slots(number, scattered=scattered)
+                copies.pool.region(0)[slots] = 0
+                await copies.copier.gather(ids, slots, copies.copier.mark())
+                wrong += num_wrong(copies.caches, ids, copies.pool, slots)
+                targets = copies.ids(number)
+                for cache in copies.caches.values():
+                    cache[:, targets] = 0
+                await copies.copier.scatter(slots, targets, copies.copier.mark())
+                wrong += num_wrong(copies.caches, targets, copies.pool, slots)
+    report.add(f"{copies.name}: wrong bytes", wrong, "", target=0)
+
+
+def both_ways(copies: Copies) -> Callable[[], Awaitable[object]]:
+    """A load and a store at once, each of half of the slots; they share nothing."""
+    ids = copies.ids(copies.num_slots)
+    half = copies.num_slots // 2
+    slots = list(range(copies.num_slots))
+
+    async def run() -> None:
+        await asyncio.gather(
+            copies.copier.scatter(slots[:half], ids[:half]),
+            copies.copier.gather(ids[half:], slots[half:], None),
+        )
+
+    return run
+
+
+async def both_directions(report: Report, copies: Copies) -> None:
+    """A load and a store at once, against two contiguous copies at once."""
+    half = copies.num_slots // 2 * copies.block_nbytes
+
+    async def contiguous() -> None:
+        await asyncio.gather(*(lane.copy([half], None) for lane in copies.half_lanes))
+
+    samples, references = await pairs(both_ways(copies), contiguous, 6 if report.quick else 30)
+    ratio = median(references) / median(samples)
+    name = f"{copies.name}, both directions"
+    report.add(f"{name}: of contiguous", ratio, "", better="higher", target=0.90)
+    report.add(f"{name}, sum", 2 * half / median(samples) / 1e9, "GB/s", better="higher")
+
+
+async def products_beside(report: Report, copies: Copies) -> None:
+    """300 bf16 products on a stream of their own, alone and while both directions run."""
+    stream = torch.cuda.Stream()
+    one, other = (torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    result = torch.empty_like(one)
+    is_over = False
+
+    def products() -> float:
+        started, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            started.record()
+            for _ in range(300):
+                torch.matmul(one, other, out=result)
+            ended.record()
+        ended.synchronize()
+        return started.elapsed_time(ended)
+
+    async def copy() -> int:
+        run, number = both_ways(copies), 0
+        while not is_over:
+            await run()
+            number += 1
+        return number
+
+    alone, beside, num_copies = [], [], 0
+    torch.cuda.synchronize()
+    await asyncio.to_thread(products)
+    for _ in range(5 if report.quick else 20):
+        alone.append(await asyncio.to_thread(products))
+        is_over = False
+        copying = asyncio.ensure_future(copy())
+        await asyncio.sleep(0.01)
+        beside.append(await asyncio.to_thread(products))
+        is_over = True
+        num_copies += await copying
+    report.add(f"{copies.name}: products beside copies", median(beside), "ms")
+    report.add("products alone", median(alone), "ms")
+    report.add("products beside / alone", median(beside) / median(alone), "", target=1.01)
+
+
+async def engine(report: Report, link_gbps: float) -> None:
+    """What a Python program waits for: loads through an engine."""
+    tokens, number = 16, 1024
+    layout = KVLayout.of_model(
+        num_layers=NUM_LAYERS,
+        num_kv_heads=NUM_HEADS,
+        head_size=HEAD_SIZE,
+        dtype_nbytes=2,
+        tokens_per_block=tokens,
+    )
+    config = Config(
+        cache=CacheConfig(tokens_per_block=tokens, num_cpu_blocks=number + 64),
+        events=EventsConfig(sink="none"),
+    )
+    caches = paged_caches(tokens, 2 * number * layout.block_nbytes)
+    rng = random.Random(1)
+    blocks = blocks_of(list(range(tokens * number)), tokens)
+    async with Engine(config, layout) as owner:
+        owner.attach(caches)
+        assert (await owner.store(blocks, rng.sample(range(2 * number), number))).num_stored
+        for size in (1, 16, 256, number):
+            samples = []
+            for _ in range(40 if report.quick else 200 if size < number else 60):
+                ids = rng.sample(range(2 * number), size)
+                part = blocks.part(0, size)
+                samples.append(await seconds(partial(owner.load, part, ids)))
+            nbytes = size * layout.block_nbytes
+            target = 200 + nbytes / (0.95 * link_gbps * 1e3)
+            name = f"engine.load of {size} blocks"
+            report.add(f"{name} p50", 1e6 * median(samples), "us", target=target)
+            report.add(f"{name} p99", 1e6 * percentile(samples, 99), "us")
+
+
+async def pinning(report: Report) -> None:
+    """How soon the first load runs, and how soon all of 8 GiB are pinned."""
+    caches = paged_caches(16, 256 * MIB)
+    first_s, pinned_s, longest_s = [], [], []
+    num_slots = 8 * GIB // segments_of(caches, 16).block_nbytes
+    num_threads = 0
+    for _ in range(3):
+        started_s = time.perf_counter()
+        pool = HostPool(num_slots, segments_of(caches, 16).block_nbytes)
+        copier = make_copier(caches, 16, pool.slot_nbytes)
+        assert isinstance(copier, CudaPagedCopier)
+        copier.attach_pool(pool, 0)
+        await copier.scatter([num_slots - 1], [0])
+        first_s.append(time.perf_counter() - started_s)
+        assert copier.pinning is not None
+        longest = 0.0
+        while copier.pinning.seconds is None:
+            longest = max(longest, await seconds(partial(copier.scatter, [num_slots - 1], [0])))
+            await asyncio.sleep(0.001)
+        pinned_s.append(time.perf_counter() - started_s)
+        longest_s.append(longest)
+        num_threads = copier.pinning.num_threads
+        await copier.close()
+        pool.close()
+    report.add("8 GiB pool: until the first load has run", median(first_s), "s", target=0.3)
+    report.add(f"8 GiB pool: pinned, {num_threads} threads", median(pinned_s), "s", target=2)
+    report.add("8 GiB pool: the first of three times", pinned_s[0], "s")
+    report.add("8 GiB pool: longest load while it is pinned", median(longest_s), "s")
+
+
+def new_process(report: Report) -> None:
+    """How soon the first load runs where Triton has to be imported, its cache is warm or not."""
+    for state in ("", ", once more"):
+        done = subprocess.run(
+            [sys.executable, "-c", COLD], check=True, capture_output=True, text=True, timeout=100
+        )
+        seconds_s = json.loads(done.stdout)
+        report.add(f"a new process{state}: until the first load has run", seconds_s, "s")
+
+
+async def main() -> Report:
+    """Measure everything, print it."""
+    logging.basicConfig(level=logging.INFO)
+    report = Report(__doc__)
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a GPU with CUDA")
+    print(torch.cuda.get_device_name(DEVICE), "torch", torch.__version__, file=sys.stderr)
+    link_gbps = 0.0
+    for tokens in (16, 64):
+        copies = Copies(tokens, 2 * GIB)
+        await check(report, copies)
+        for mib in TARGETS:
+            if mib * MIB >= copies.block_nbytes:
+                await one_size(report, copies, mib)
+        if tokens == 16:
+            for mib in (8, 128, 2048):
+                await one_size(report, copies, mib, scattered=True)
+            load = partial(copies.lanes[False].copy, [2 * GIB], None)
+            link_gbps = 2 * GIB / median([await seconds(load) for _ in range(10)]) / 1e9
+            report.add("contiguous, host to GPU", link_gbps, "GB/s", better="higher")
+            await products_beside(report, copies)
+        await both_directions(report, copies)
+        await copies.close()
+        del copies
+        torch.cuda.empty_cache()
+    await engine(report, link_gbps)
+    await pinning(report)
+    new_process(report)
+    return report
+
+
+if __name__ == "__main__":
+    asyncio.run(main()).finish()
