@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexkv.tiers import cuda_dma
-from flexkv.tiers.cuda_lane import Lane, Submitted
+from flexkv.tiers.cuda import CudaPagedCopier
+from flexkv.tiers.host import HostPool
+from flexkv.tiers.segments import segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-
-    from flexkv.tiers.host import HostPool
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -25,33 +24,25 @@ Caches = dict[str, torch.Tensor]
 
 
 class Contiguous:
-    """A stream that copies the first bytes of one tensor to another; a slice is how many."""
+    """The copier itself on ``number`` blocks of one piece each: launched and awaited alike."""
 
-    def __init__(self, host: torch.Tensor, gpu: torch.Tensor, *, is_store: bool) -> None:
-        self._host = host.data_ptr()
-        self._gpu = gpu.data_ptr()
-        self._is_store = is_store
-        self._stream = torch.cuda.Stream(DEVICE)
-        self._event = torch.cuda.Event(blocking=True)
+    def __init__(self, nbytes: int, number: int = 1) -> None:
+        self._cache = torch.empty((number, 1, nbytes), dtype=torch.uint8, device=DEVICE).fill_(1)
+        self._pool = HostPool(number, nbytes)
+        self._copier = CudaPagedCopier(segments_of({"": self._cache}, 1), DEVICE)
+        self._copier.attach_pool(self._pool, 0)
 
-    def submit(self, part: int, after: object) -> Submitted:
-        """Begin to copy ``part`` bytes."""
-        del after
-        target, source = (self._host, self._gpu) if self._is_store else (self._gpu, self._host)
-        handle = self._stream.cuda_stream
-        cuda_dma.copy(target, source, part, to_host=self._is_store, stream=handle)
-        self._event.record(self._stream)
-        return Submitted(self._event)
+    async def copy(self, *, is_store: bool, block: int = 0) -> None:
+        """One contiguous copy."""
+        if is_store:
+            await self._copier.gather([block], [block], None)
+        else:
+            await self._copier.scatter([block], [block])
 
-
-def contiguous_lane(host: torch.Tensor, gpu: torch.Tensor, *, is_store: bool) -> Lane:
-    """One contiguous copy at a time, launched and awaited as the copier's slices are."""
-
-    def on_loss(error: RuntimeError) -> None:
-        raise error
-
-    channel = Contiguous(host, gpu, is_store=is_store)
-    return Lane("contiguous", [channel], max_slices=1, on_loss=on_loss)
+    async def close(self) -> None:
+        """Give all memory back."""
+        await self._copier.close()
+        self._pool.close()
 
 
 def paged_caches(tokens_per_block: int, nbytes: int) -> Caches:

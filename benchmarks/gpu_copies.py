@@ -21,7 +21,7 @@ from _gpu import (
     MIB,
     NUM_HEADS,
     NUM_LAYERS,
-    contiguous_lane,
+    Contiguous,
     num_wrong,
     paged_caches,
     pairs,
@@ -64,7 +64,7 @@ asyncio.run(main())
 
 
 class Copies:
-    """Copiers of one block size, and contiguous copies of as many bytes."""
+    """A copier of one block size: twice as many blocks as slots."""
 
     def __init__(self, tokens_per_block: int, nbytes: int) -> None:
         self.name = f"{tokens_per_block} tokens"
@@ -76,17 +76,6 @@ class Copies:
         self.pool = HostPool(self.num_slots, paged.block_nbytes)
         self.copier = CudaPagedCopier(paged, DEVICE)
         self.copier.attach_pool(self.pool, 0)
-        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).fill_(1)
-        self.gpu = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
-        self.lanes = {
-            is_store: contiguous_lane(self.host, self.gpu, is_store=is_store)
-            for is_store in (False, True)
-        }
-        half = nbytes // 2
-        self.half_lanes = [
-            contiguous_lane(self.host[:half], self.gpu[:half], is_store=False),
-            contiguous_lane(self.host[half:], self.gpu[half:], is_store=True),
-        ]
         self._rng = random.Random(1)
 
     def ids(self, number: int) -> list[int]:
@@ -112,8 +101,6 @@ class Copies:
         """Give all memory back."""
         await self.copier.close()
         self.pool.close()
-        for lane in (*self.lanes.values(), *self.half_lanes):
-            lane.close()
 
 
 async def one_size(report: Report, copies: Copies, mib: int, *, scattered: bool = False) -> None:
@@ -121,12 +108,13 @@ async def one_size(report: Report, copies: Copies, mib: int, *, scattered: bool 
     number = mib * MIB // copies.block_nbytes
     num_pairs = 30 if mib == max(TARGETS) else 60 if mib > 8 else 200
     num_pairs = num_pairs // 5 if report.quick else num_pairs
+    contiguous = Contiguous(number * copies.block_nbytes)
     for is_store in (True, False):
         ids = [copies.ids(number) for _ in range(num_pairs + 3)]
         slots = [copies.slots(number, scattered=scattered) for _ in ids]
         samples, references = await pairs(
             partial(copies.ours, iter(ids), iter(slots), is_store=is_store),
-            partial(copies.lanes[is_store].copy, [number * copies.block_nbytes], None),
+            partial(contiguous.copy, is_store=is_store),
             num_pairs,
         )
         direction = "GPU to host" if is_store else "host to GPU"
@@ -139,6 +127,8 @@ async def one_size(report: Report, copies: Copies, mib: int, *, scattered: bool 
         report.add(f"{name}", gbps, "GB/s", better="higher")
         report.add(f"{name} p50", 1e6 * median(samples), "us")
         report.add(f"{name} p99", 1e6 * percentile(samples, 99), "us")
+        report.add(f"{name}: contiguous p50", 1e6 * median(references), "us")
+    await contiguous.close()
 
 
 async def check(report: Report, copies: Copies) -> None:
@@ -178,11 +168,14 @@ def both_ways(copies: Copies) -> Callable[[], Awaitable[object]]:
 async def both_directions(report: Report, copies: Copies) -> None:
     """A load and a store at once, against two contiguous copies at once."""
     half = copies.num_slots // 2 * copies.block_nbytes
+    contiguous = Contiguous(half, 2)
 
-    async def contiguous() -> None:
-        await asyncio.gather(*(lane.copy([half], None) for lane in copies.half_lanes))
+    async def reference() -> None:
+        load = contiguous.copy(is_store=False, block=0)
+        await asyncio.gather(load, contiguous.copy(is_store=True, block=1))
 
-    samples, references = await pairs(both_ways(copies), contiguous, 6 if report.quick else 30)
+    samples, references = await pairs(both_ways(copies), reference, 6 if report.quick else 30)
+    await contiguous.close()
     ratio = median(references) / median(samples)
     name = f"{copies.name}, both directions"
     report.add(f"{name}: of contiguous", ratio, "", better="higher", target=0.90)
@@ -319,8 +312,10 @@ async def main() -> Report:
         if tokens == 16:
             for mib in (8, 128, 2048):
                 await one_size(report, copies, mib, scattered=True)
-            load = partial(copies.lanes[False].copy, [2 * GIB], None)
-            link_gbps = 2 * GIB / median([await seconds(load) for _ in range(10)]) / 1e9
+            contiguous = Contiguous(2 * GIB)
+            load = partial(contiguous.copy, is_store=False)
+            link_gbps = 2 * GIB / median([await seconds(load) for _ in range(13)][3:]) / 1e9
+            await contiguous.close()
             report.add("contiguous, host to GPU", link_gbps, "GB/s", better="higher")
             await products_beside(report, copies)
         await both_directions(report, copies)

@@ -9,12 +9,14 @@ import torch
 from flexkv.tiers import cuda_dma
 from flexkv.tiers.cuda_gather import TorchMover
 from flexkv.tiers.cuda_lane import Submitted
-from flexkv.tiers.cuda_slices import Way, slice_blocks
+from flexkv.tiers.cuda_slices import Way, is_always_whole, slice_blocks
 
 if TYPE_CHECKING:
     from flexkv.tiers.cuda_kernel import KernelMover
     from flexkv.tiers.cuda_slices import Shape, Slice, WayTable
     from flexkv.tiers.segments import PagedSegments
+
+_MOST_IDS_NOT_FETCHED = 4  # read over the link by each program: quicker than one more kernel
 
 
 class CudaChannel:
@@ -42,17 +44,16 @@ class CudaChannel:
         self._on_device = torch.cuda.device(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._handle = self._stream.cuda_stream
-        # for blocks that are whole as well: these may be too small to be copied one by one
-        most = slice_blocks(shape, table)
-        self._staging = torch.empty(most * self._stride, dtype=torch.uint8, device=device)
+        most = 1 if is_always_whole(shape, table) else slice_blocks(shape, table)
+        nbytes = 0 if is_always_whole(shape, table) else most * self._stride
+        self._staging = torch.empty(nbytes, dtype=torch.uint8, device=device)
         # As many as there are slices in flight in both streams: the one before has ended then.
-        self._ids = torch.empty((table.max_slices, 2, most), dtype=torch.int64, pin_memory=True)
+        number = table.max_slices
+        self._ids = torch.empty((number, 2, most + most % 2), dtype=torch.int64, pin_memory=True)
+        self._gpu_ids = torch.empty_like(self._ids, device=device)
         self._numbers = self._ids.numpy()
-        self._addresses = [(ids[0].data_ptr(), ids[1].data_ptr()) for ids in self._ids]
-        self._events: list[torch.cuda.Event] = [
-            torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            for _ in range(table.max_slices)
-        ]
+        self._events = [_new_event(blocking=True) for _ in range(number)]
+        self._spinning_events = [_new_event(blocking=False) for _ in range(number)]
         self._turn = 0
         self._kernel = kernel
         if kernel is None:
@@ -72,10 +73,14 @@ class CudaChannel:
         error: RuntimeError | None = None
         turn = self._turn
         self._turn = (turn + 1) % len(self._events)
-        event = self._events[turn]
         with self._on_device:
+            event = self._events[turn]
             try:
-                if isinstance(after, torch.cuda.Event):
+                # one who spins must not have to wait for the model
+                if not isinstance(after, torch.cuda.Event) or after.query():  # type: ignore[no-untyped-call]
+                    if part.is_last and self._nbytes(part) <= self._table.spin_nbytes:
+                        event = self._spinning_events[turn]
+                else:
                     self._stream.wait_event(after)
                 self._launch(part, turn)
             except RuntimeError as failure:
@@ -87,45 +92,67 @@ class CudaChannel:
         if part.way is Way.WHOLE:
             self._copy_whole(part)
             return
-        num_blocks = len(part.slots)
-        self._numbers[turn, 0, :num_blocks] = part.block_ids
+        self._numbers[turn, 0, : len(part.slots)] = part.block_ids
         if part.way is Way.DIRECT:
             self._move_directly(part, turn)
         elif self._is_store:
-            self._move(turn, num_blocks)
+            self._fetch_ids(part, turn)
+            self._move(part, turn)
             self._copy_staged(part)
         else:
+            self._fetch_ids(part, turn)
             self._copy_staged(part)
-            self._move(turn, num_blocks)
+            self._move(part, turn)
 
     def _move_directly(self, part: Slice, turn: int) -> None:
         kernel, pool, stride = self._kernel, self._pool, self._stride
         assert kernel is not None
         places = [kernel.place(pool + slot * stride) for slot in part.slots]
         self._numbers[turn, 1, : len(places)] = places
+        ids = self._ids
+        if len(places) > _MOST_IDS_NOT_FETCHED:
+            ids = self._gpu_ids
+            self._fetch_ids(part, turn, also_places=True)
+        first, row_nbytes = ids.data_ptr(), 8 * ids.shape[2]
         kernel.move(
-            *self._addresses[turn],
+            first + 2 * turn * row_nbytes,
+            first + (2 * turn + 1) * row_nbytes,
             len(places),
             to_rows=self._is_store,
             num_programs=self._table.direct_programs,
             stream=self._handle,
         )
 
-    def _move(self, turn: int, num_blocks: int) -> None:
+    def _fetch_ids(self, part: Slice, turn: int, *, also_places: bool = False) -> None:
+        if self._kernel is not None:
+            row = self._ids.shape[2]
+            at = 8 * 2 * turn * row
+            self._kernel.fetch(
+                self._ids.data_ptr() + at,
+                self._gpu_ids.data_ptr() + at,
+                len(part.slots) + (row if also_places else 0),
+                stream=self._handle,
+            )
+
+    def _move(self, part: Slice, turn: int) -> None:
         """Between the cache and the staging buffer."""
+        number = len(part.slots)
         if self._kernel is None:
             # caches made in inference mode can be written in inference mode only
             with torch.cuda.stream(self._stream), torch.inference_mode():
-                self._gather.move(self._ids[turn, 0, :num_blocks], to_rows=self._is_store)
+                self._gather.move(self._ids[turn, 0, :number], to_rows=self._is_store)
             return
         self._kernel.move(
-            self._addresses[turn][0],
+            self._gpu_ids.data_ptr() + 8 * 2 * turn * self._gpu_ids.shape[2],
             self._staging_places.data_ptr(),
-            num_blocks,
+            number,
             to_rows=self._is_store,
             num_programs=self._table.staged_programs,
             stream=self._handle,
         )
+
+    def _nbytes(self, part: Slice) -> int:
+        return len(part.slots) * self._stride
 
     def _copy_staged(self, part: Slice) -> None:
         stride, staging = self._stride, self._staging.data_ptr()
@@ -146,3 +173,7 @@ class CudaChannel:
             cuda_dma.copy(host, address, nbytes, to_host=True, stream=stream)
         else:
             cuda_dma.copy(address, host, nbytes, to_host=False, stream=stream)
+
+
+def _new_event(*, blocking: bool) -> torch.cuda.Event:
+    return torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]

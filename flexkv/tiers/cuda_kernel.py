@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _CHUNK_NBYTES = 16 << 10  # what one program moves at a time
 _NUM_WARPS = 8
+_FETCHED = 128  # numbers at a time
 
 
 class KernelMover:
@@ -41,6 +42,7 @@ class KernelMover:
         most = max(piece[3] for piece in pieces)
         self._constants = (unit // element, triton.next_power_of_2(most))
         self._kernels: dict[bool, Any] = {}  # by whether it moves to rows
+        self._fetch: Any = None
 
     def place(self, address: int) -> int:
         """``address``, a row's first byte, as ``move`` takes it."""
@@ -62,7 +64,17 @@ class KernelMover:
                 grid=(1,),
             )
             kernel[1, 1, 1]  # loads it, and launches nothing
-        self._kernels[to_rows] = kernel
+            fetch = _fetch.warmup(self._table, self._table, 2, _FETCHED, grid=(1,))
+            fetch[1, 1, 1]
+        self._fetch, self._kernels[to_rows] = fetch, kernel
+
+    def fetch(self, source: int, target: int, number: int, *, stream: int) -> None:
+        """Launch a copy of as many int64 from pinned memory to the GPU, between two addresses.
+
+        No DMA, which would wait behind the large ones. ``move`` reads each number again and again,
+        and each time over the link, if they are not on the GPU.
+        """
+        self._fetch[1, 1, 1](source, target, number, _FETCHED, stream=stream)
 
     def move(
         self,
@@ -101,6 +113,18 @@ def _pieces(paged: PagedSegments, base: int) -> Iterator[list[int]]:
             nbytes = min(_CHUNK_NBYTES, segment.nbytes - at)
             yield [address + at, segment.stride, in_row + at, nbytes]
         in_row += segment.nbytes
+
+
+@triton.jit(do_not_specialize=["number"])  # type: ignore[untyped-decorator]
+def _fetch(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    source,  # noqa: ANN001
+    target,  # noqa: ANN001
+    number,  # noqa: ANN001
+    STEP: tl.constexpr,  # noqa: N803
+):
+    for first in range(0, number, STEP):
+        at = first + tl.arange(0, STEP)
+        tl.store(target + at, tl.load(source + at, mask=at < number), mask=at < number)
 
 
 @triton.jit(do_not_specialize=["total", "num_pieces"])  # type: ignore[untyped-decorator]

@@ -28,8 +28,9 @@ class WayTable:
     direct_store_nbytes: int = 4 << 20  # up to this a store is one kernel
     direct_load_nbytes: int = 4 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
-    direct_programs: int = 64
-    staged_programs: int = 1024
+    spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
+    direct_programs: int = 128
+    staged_programs: int = 132
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Slice:
     block_ids: Sequence[int]
     slots: Sequence[int]
     runs: Sequence[tuple[int, int]]
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +71,13 @@ def cut(
     for size in sizes if is_store else reversed(sizes):
         ids, places = block_ids[at : at + size], slots[at : at + size]
         runs = () if way is Way.DIRECT else _runs(ids, places, shape, way)
-        yield Slice(way, ids, places, runs)
         at += size
+        yield Slice(way, ids, places, runs, is_last=at == len(slots))
+
+
+def is_always_whole(shape: Shape, table: WayTable) -> bool:
+    """No staging buffer is needed: a block is one piece, and not too small for a DMA of its own."""
+    return shape.is_whole and shape.block_nbytes >= table.dma_nbytes
 
 
 def slice_blocks(shape: Shape, table: WayTable) -> int:
@@ -81,7 +88,7 @@ def slice_blocks(shape: Shape, table: WayTable) -> int:
 def _way(
     block_ids: Sequence[int], slots: Sequence[int], shape: Shape, table: WayTable, *, is_store: bool
 ) -> Way:
-    if shape.is_whole and shape.block_nbytes >= table.dma_nbytes:
+    if is_always_whole(shape, table):
         return Way.WHOLE
     if not shape.has_kernel:
         return Way.STAGED
