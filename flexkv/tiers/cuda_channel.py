@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from flexkv.tiers.cuda_slices import Shape, Slice, WayTable
     from flexkv.tiers.segments import PagedSegments
 
-_MOST_IDS_NOT_FETCHED = 4  # read over the link by each program: quicker than one more kernel
-
 
 class CudaChannel:
     """Copies slices between the cache and the pool's slots, the first of which is at ``pool``.
@@ -52,16 +50,20 @@ class CudaChannel:
         self._ids = torch.empty((number, 2, most + most % 2), dtype=torch.int64, pin_memory=True)
         self._gpu_ids = torch.empty_like(self._ids, device=device)
         self._numbers = self._ids.numpy()
+        self._row_nbytes = 8 * self._ids.shape[2]
         self._events = [_new_event(blocking=True) for _ in range(number)]
         self._spinning_events = [_new_event(blocking=False) for _ in range(number)]
         self._turn = 0
         self._kernel = kernel
+        self._most_few = 0
         if kernel is None:
             self._gather = TorchMover(paged, self._staging, self._stride, device)
         else:
             first = self._staging.data_ptr()
             places = [kernel.place(first + row * self._stride) for row in range(most)]
             self._staging_places = torch.tensor(places, device=device)
+            self._first_places = places[: kernel.most_few]
+            self._most_few = kernel.most_few
 
     def warm_up(self) -> None:
         """Have the kernel compiled."""
@@ -92,15 +94,16 @@ class CudaChannel:
         if part.way is Way.WHOLE:
             self._copy_whole(part)
             return
-        self._numbers[turn, 0, : len(part.slots)] = part.block_ids
         if part.way is Way.DIRECT:
             self._move_directly(part, turn)
-        elif self._is_store:
-            self._fetch_ids(part, turn)
+            return
+        if len(part.slots) > self._most_few:
+            self._numbers[turn, 0, : len(part.slots)] = part.block_ids
+            self._fetch_ids(turn, len(part.slots))
+        if self._is_store:
             self._move(part, turn)
             self._copy_staged(part)
         else:
-            self._fetch_ids(part, turn)
             self._copy_staged(part)
             self._move(part, turn)
 
@@ -108,48 +111,59 @@ class CudaChannel:
         kernel, pool, stride = self._kernel, self._pool, self._stride
         assert kernel is not None
         places = [kernel.place(pool + slot * stride) for slot in part.slots]
-        self._numbers[turn, 1, : len(places)] = places
-        ids = self._ids
-        if len(places) > _MOST_IDS_NOT_FETCHED:
-            ids = self._gpu_ids
-            self._fetch_ids(part, turn, also_places=True)
-        first, row_nbytes = ids.data_ptr(), 8 * ids.shape[2]
+        number, programs = len(places), self._table.direct_programs
+        if number <= self._most_few:
+            kernel.move_few(
+                part.block_ids,
+                places,
+                to_rows=self._is_store,
+                num_programs=programs,
+                stream=self._handle,
+            )
+            return
+        self._numbers[turn, 0, :number] = part.block_ids
+        self._numbers[turn, 1, :number] = places
+        self._fetch_ids(turn, self._row_nbytes // 8 + number)
+        first = self._gpu_ids.data_ptr() + 2 * turn * self._row_nbytes
         kernel.move(
-            first + 2 * turn * row_nbytes,
-            first + (2 * turn + 1) * row_nbytes,
-            len(places),
+            first,
+            first + self._row_nbytes,
+            number,
             to_rows=self._is_store,
-            num_programs=self._table.direct_programs,
+            num_programs=programs,
             stream=self._handle,
         )
 
-    def _fetch_ids(self, part: Slice, turn: int, *, also_places: bool = False) -> None:
+    def _fetch_ids(self, turn: int, number: int) -> None:
         if self._kernel is not None:
-            row = self._ids.shape[2]
-            at = 8 * 2 * turn * row
-            self._kernel.fetch(
-                self._ids.data_ptr() + at,
-                self._gpu_ids.data_ptr() + at,
-                len(part.slots) + (row if also_places else 0),
-                stream=self._handle,
-            )
+            at = 2 * turn * self._row_nbytes
+            source, target = self._ids.data_ptr() + at, self._gpu_ids.data_ptr() + at
+            self._kernel.fetch(source, target, number, stream=self._handle)
 
     def _move(self, part: Slice, turn: int) -> None:
         """Between the cache and the staging buffer."""
-        number = len(part.slots)
+        number, programs = len(part.slots), self._table.staged_programs
         if self._kernel is None:
             # caches made in inference mode can be written in inference mode only
             with torch.cuda.stream(self._stream), torch.inference_mode():
                 self._gather.move(self._ids[turn, 0, :number], to_rows=self._is_store)
-            return
-        self._kernel.move(
-            self._gpu_ids.data_ptr() + 8 * 2 * turn * self._gpu_ids.shape[2],
-            self._staging_places.data_ptr(),
-            number,
-            to_rows=self._is_store,
-            num_programs=self._table.staged_programs,
-            stream=self._handle,
-        )
+        elif number <= self._most_few:
+            self._kernel.move_few(
+                part.block_ids,
+                self._first_places[:number],
+                to_rows=self._is_store,
+                num_programs=programs,
+                stream=self._handle,
+            )
+        else:
+            self._kernel.move(
+                self._gpu_ids.data_ptr() + 2 * turn * self._row_nbytes,
+                self._staging_places.data_ptr(),
+                number,
+                to_rows=self._is_store,
+                num_programs=programs,
+                stream=self._handle,
+            )
 
     def _nbytes(self, part: Slice) -> int:
         return len(part.slots) * self._stride

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from flexkv.errors import TransferError
 
@@ -29,8 +28,7 @@ class Event(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(NamedTuple):
     """What was submitted of a slice has ended at ``event``; ``error``: it is not all of it."""
 
     event: Event
@@ -49,10 +47,38 @@ class Channel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Copying:
+    """One call of ``Lane.copy``; used on its loop only."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.num_running = 0
+        self.error: TransferError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def end(self, error: TransferError | None) -> None:
+        """One slice has ended."""
+        self.num_running -= 1
+        self.error = self.error or error
+        if not self.num_running and self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def ended(self) -> None:
+        """Wait for all slices that have begun, through cancellation too."""
+        cancelled: asyncio.CancelledError | None = None
+        while self.num_running:
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+
+class _Running(NamedTuple):
     submitted: Submitted
-    end: asyncio.Future[TransferError | None]
+    copying: _Copying
 
 
 class Lane:
@@ -86,19 +112,18 @@ class Lane:
         Raises:
             TransferError: the bytes at the destination are undefined.
         """
-        ends: list[asyncio.Future[TransferError | None]] = []
+        copying = _Copying()
         try:
             for part in slices:
                 await self._places.acquire()
-                if any(end.done() and end.result() for end in ends):
+                if copying.error is not None:
                     self._places.release()
                     break
-                ends.append(self._begin(part, after))
+                self._begin(part, after, copying)
         finally:
-            await _ended(ends)
-        for end in ends:
-            if error := end.result():
-                raise error
+            await copying.ended()
+        if copying.error is not None:
+            raise copying.error
 
     def close(self) -> None:
         """End the thread; nothing may be copying."""
@@ -107,36 +132,33 @@ class Lane:
             self._thread.join()  # it has nothing left to do
             self._thread = None
 
-    def _begin(self, part: Slice, after: object) -> asyncio.Future[TransferError | None]:
+    def _begin(self, part: Slice, after: object, copying: _Copying) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
         channel = self._channels[self._turn]
         self._turn = (self._turn + 1) % len(self._channels)
-        end: asyncio.Future[TransferError | None] = asyncio.get_running_loop().create_future()
+        copying.num_running += 1
         try:
             submitted = channel.submit(part, after)
         except RuntimeError as error:
             self._on_loss(error)
-            self._report([(end, _failure(error))])
+            self._report([(copying, _failure(error))])
         else:
-            self._running.put(_Running(submitted, end))
-        return end
+            self._running.put(_Running(submitted, copying))
 
-    def _report(
-        self, ended: list[tuple[asyncio.Future[TransferError | None], TransferError | None]]
-    ) -> None:
-        for end, error in ended:
+    def _report(self, ended: list[tuple[_Copying, TransferError | None]]) -> None:
+        for copying, error in ended:
             self._places.release()
-            end.set_result(error)
+            copying.end(error)
 
     # What follows runs in the thread.
 
     def _serve(self) -> None:
         running = self._running.get()
         while running is not None:
-            loop = running.end.get_loop()
-            ended = [(running.end, self._outcome(running))]
+            loop = running.copying.loop
+            ended = [(running.copying, self._outcome(running))]
             following: list[_Running | None] = []  # none, or the first that has not ended
             while not following:
                 try:
@@ -144,7 +166,7 @@ class Lane:
                 except Empty:
                     break
                 if other is not None and self._has_ended(other):
-                    ended.append((other.end, self._outcome(other)))
+                    ended.append((other.copying, self._outcome(other)))
                 else:
                     following.append(other)
             with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
@@ -171,15 +193,3 @@ def _failure(error: RuntimeError) -> TransferError:
     failure = TransferError(f"a copy failed: {error}")
     failure.__cause__ = error
     return failure
-
-
-async def _ended(ends: Sequence[asyncio.Future[TransferError | None]]) -> None:
-    """Wait for all of ``ends``, through cancellation too."""
-    cancelled: asyncio.CancelledError | None = None
-    while pending := [end for end in ends if not end.done()]:
-        try:
-            await asyncio.wait(pending)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled

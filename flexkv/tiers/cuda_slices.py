@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,16 +25,15 @@ class WayTable:
     slice_nbytes: int = 32 << 20  # of a staging buffer too: two for each direction
     first_nbytes: int = 8 << 20  # the first slices of a store, whose kernel nothing overlaps
     max_slices: int = 8  # in flight, in each direction
-    direct_store_nbytes: int = 4 << 20  # up to this a store is one kernel
-    direct_load_nbytes: int = 4 << 20
+    direct_store_nbytes: int = 8 << 20  # up to this a store is one kernel
+    direct_load_nbytes: int = 8 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
-    direct_programs: int = 128
-    staged_programs: int = 132
+    direct_programs: int = 64
+    staged_programs: int = 66
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Blocks and their slots, with what moves as one as (first index, how many)."""
 
     way: Way
