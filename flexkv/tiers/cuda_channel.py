@@ -97,7 +97,7 @@ class CudaChannel:
         if part.way is Way.DIRECT:
             self._move_directly(part, turn)
             return
-        if len(part.slots) > self._most_few:
+        if not self._is_few(part):
             self._numbers[turn, 0, : len(part.slots)] = part.block_ids
             self._fetch_ids(turn, len(part.slots))
         if self._is_store:
@@ -112,7 +112,7 @@ class CudaChannel:
         assert kernel is not None
         places = [kernel.place(pool + slot * stride) for slot in part.slots]
         number, programs = len(places), self._table.direct_programs
-        if number <= self._most_few:
+        if self._is_few(part):
             kernel.move_few(
                 part.block_ids,
                 places,
@@ -147,7 +147,7 @@ class CudaChannel:
             # caches made in inference mode can be written in inference mode only
             with torch.cuda.stream(self._stream), torch.inference_mode():
                 self._gather.move(self._ids[turn, 0, :number], to_rows=self._is_store)
-        elif number <= self._most_few:
+        elif self._is_few(part):
             self._kernel.move_few(
                 part.block_ids,
                 self._first_places[:number],
@@ -156,14 +156,23 @@ class CudaChannel:
                 stream=self._handle,
             )
         else:
+            is_quiet = not self._is_small(part)
             self._kernel.move(
                 self._gpu_ids.data_ptr() + 2 * turn * self._row_nbytes,
                 self._staging_places.data_ptr(),
                 number,
                 to_rows=self._is_store,
-                num_programs=programs,
+                num_programs=self._table.quiet_programs if is_quiet else programs,
                 stream=self._handle,
+                is_quiet=is_quiet,
             )
+
+    def _is_small(self, part: Slice) -> bool:
+        """Its kernel is waited for; those of others have the time of a DMA."""
+        return self._nbytes(part) <= self._table.first_nbytes
+
+    def _is_few(self, part: Slice) -> bool:
+        return len(part.slots) <= self._most_few and self._is_small(part)
 
     def _nbytes(self, part: Slice) -> int:
         return len(part.slots) * self._stride

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -15,16 +15,30 @@ if TYPE_CHECKING:
     from flexkv.tiers.segments import PagedSegments
 
 _DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-_CHUNK_NBYTES = 16 << 10  # what one program moves at a time
-_NUM_WARPS = 8
-_MOST_FEW = 4  # blocks, as many as _move_few_pieces takes
+_PIECE_NBYTES = 16 << 10  # what one program moves before it looks for more
 _FETCHED = 128  # numbers at a time
+_MOST_FEW = 4  # blocks, as many as _move_few_pieces takes
+
+
+class _Pace(NamedTuple):
+    """How a kernel moves bytes: how many at a time, and what it takes for that."""
+
+    step_nbytes: int
+    num_warps: int
+    most_registers: int | None
+
+
+_QUICK = _Pace(16 << 10, 8, None)
+# One warp of these fits beside a product of matrices, which leaves no other room: who computes
+# does not have to wait for a multiprocessor.
+_QUIET = _Pace(2 << 10, 1, 32)
 
 
 class KernelMover:
     """Moves blocks of ``paged`` to rows ``row_stride`` bytes apart, or back.
 
     Any memory that the GPU can reach may hold the rows: a staging buffer, or the pinned host pool.
+    ``compile`` has to be called before the rest; streams are handles of CUDA's.
     """
 
     most_few = _MOST_FEW  # blocks for ``move_few``
@@ -42,46 +56,35 @@ class KernelMover:
         self._num_pieces = len(pieces)
         self._table = torch.tensor(pieces, dtype=torch.int64, device=device)
         self._table_address = self._table.data_ptr()
-        most = max(piece[3] for piece in pieces)
-        self._constants = (unit // element, triton.next_power_of_2(most))
-        self._kernels: dict[bool, Any] = {}  # by whether it moves to rows
-        self._few: dict[bool, Any] = {}
-        self._fetch: Any = None
+        self._most = triton.next_power_of_2(max(piece[3] for piece in pieces))
+        self._align = unit // element
+        self._kernels: dict[tuple[bool, _Pace], _Kernel] = {}
+        self._few: dict[bool, _Kernel] = {}
+        self._fetch: _Kernel
 
     def place(self, address: int) -> int:
         """``address``, a row's first byte, as ``move`` takes it."""
         return (address - self._base) // self._element
 
     def compile(self, *, to_rows: bool) -> None:
-        """To be called before ``move``: takes a second, where it is not in Triton's cache."""
-        with torch.cuda.device(self._table.device):
-            kernel = _move_pieces.warmup(
-                self._cache,
-                self._table,
-                self._table,
-                self._table,
-                2,
-                2,
-                to_rows,
-                *self._constants,
-                num_warps=_NUM_WARPS,
-                grid=(1,),
+        """Takes a second, for what is not in Triton's cache."""
+        table = self._table
+        with torch.cuda.device(table.device):
+            self._fetch = _Kernel(_fetch, (table, table, 2), (_FETCHED,))
+            for pace in (_QUICK, _QUIET):
+                self._kernels[to_rows, pace] = _Kernel(
+                    _move_pieces,
+                    (self._cache, table, table, table, 2, 2),
+                    self._constants(pace, to_rows=to_rows),
+                    pace,
+                )
+            wide = [1 << 40] * (2 * _MOST_FEW)  # that is, numbers of 64 bits
+            self._few[to_rows] = _Kernel(
+                _move_few_pieces,
+                (self._cache, table, 2, 2, *wide),
+                self._constants(_QUICK, to_rows=to_rows),
+                _QUICK,
             )
-            few = _move_few_pieces.warmup(
-                self._cache,
-                self._table,
-                2,
-                2,
-                *[1 << 40] * (2 * _MOST_FEW),  # so large that they are 64 bits wide
-                to_rows,
-                *self._constants,
-                num_warps=_NUM_WARPS,
-                grid=(1,),
-            )
-            fetch = _fetch.warmup(self._table, self._table, 2, _FETCHED, grid=(1,))
-            for each in (kernel, few, fetch):
-                each[1, 1, 1]  # loads it, and launches nothing
-        self._fetch, self._few[to_rows], self._kernels[to_rows] = fetch, few, kernel
 
     def fetch(self, source: int, target: int, number: int, *, stream: int) -> None:
         """Launch a copy of as many int64 from pinned memory to the GPU, between two addresses.
@@ -89,7 +92,7 @@ class KernelMover:
         No DMA, which would wait behind the large ones. ``move`` reads each number again and again,
         and each time over the link, if they are not on the GPU.
         """
-        self._fetch[1, 1, 1](source, target, number, _FETCHED, stream=stream)
+        self._fetch.launch(1, stream, source, target, number)
 
     def move(
         self,
@@ -100,22 +103,22 @@ class KernelMover:
         to_rows: bool,
         num_programs: int,
         stream: int,
+        is_quiet: bool = False,
     ) -> None:
-        """Launch on ``stream``, a handle of CUDA's.
+        """Launch. At ``block_ids`` and ``places`` are as many int64, of blocks and their rows.
 
-        ``block_ids`` and ``places`` are addresses of as many int64, of blocks and of their rows.
+        ``is_quiet``: slower, and beside those who compute instead of in their way.
         """
         total = num_blocks * self._num_pieces
-        self._kernels[to_rows][min(total, num_programs), 1, 1](
-            self._base,  # as numbers: a tensor would be asked for its address, and CUDA for that
+        self._kernels[to_rows, _QUIET if is_quiet else _QUICK].launch(
+            min(total, num_programs),
+            stream,
+            self._base,
             self._table_address,
             block_ids,
             places,
             total,
             self._num_pieces,
-            to_rows,
-            *self._constants,
-            stream=stream,
         )
 
     def move_few(
@@ -127,10 +130,12 @@ class KernelMover:
         num_programs: int,
         stream: int,
     ) -> None:
-        """As ``move``, of ``most_few`` blocks at most; nothing has to be fetched."""
+        """Launch. ``most_few`` blocks at most; nothing has to be fetched."""
         total = len(block_ids) * self._num_pieces
-        unused = [0] * (_MOST_FEW - len(block_ids))
-        self._few[to_rows][min(total, num_programs), 1, 1](
+        unused = (0,) * (_MOST_FEW - len(block_ids))
+        self._few[to_rows].launch(
+            min(total, num_programs),
+            stream,
             self._base,
             self._table_address,
             total,
@@ -139,10 +144,46 @@ class KernelMover:
             *unused,
             *places,
             *unused,
-            to_rows,
-            *self._constants,
-            stream=stream,
         )
+
+    def _constants(self, pace: _Pace, *, to_rows: bool) -> tuple[bool, int, int]:
+        return to_rows, self._align, min(self._most, pace.step_nbytes // self._element)
+
+
+class _Kernel:
+    """A compiled kernel, with its constants, for arguments like ``examples``.
+
+    Tensors among these are addresses when it is launched: a tensor would be asked for its own, and
+    CUDA whether it can be reached.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        examples: tuple[object, ...],
+        constants: tuple[object, ...],
+        pace: _Pace | None = None,
+    ) -> None:
+        options = {"num_warps": pace.num_warps, "maxnreg": pace.most_registers} if pace else {}
+        kernel = function.warmup(*examples, *constants, grid=(1,), **options)
+        self._constants = constants
+        kernel[1, 1, 1]  # loads it, and launches nothing
+        self._kernel = kernel
+        self._run: Any = (kernel.run, kernel.function, kernel.packed_metadata)
+        try:  # with nothing to do
+            self.launch(1, torch.cuda.current_stream().cuda_stream, *[0] * len(examples))
+        except TypeError:  # another Triton than those we know
+            self._run = None
+
+    def launch(self, num_programs: int, stream: int, *arguments: int) -> None:
+        """What ``kernel[grid](...)`` does, without the hooks for profilers: in two thirds of it."""
+        grid = (num_programs, 1, 1)
+        if self._run is None:
+            self._kernel[grid](*arguments, *self._constants, stream=stream)
+            return
+        run, function, metadata = self._run
+        hooks = (None, None, None)
+        run(*grid, stream, function, metadata, *hooks, *arguments, *self._constants)
 
 
 def _pieces(paged: PagedSegments, base: int) -> Iterator[list[int]]:
@@ -150,8 +191,8 @@ def _pieces(paged: PagedSegments, base: int) -> Iterator[list[int]]:
     in_row = 0
     for segment in paged.segments:
         address = paged.address(segment, 0) - base
-        for at in range(0, segment.nbytes, _CHUNK_NBYTES):
-            nbytes = min(_CHUNK_NBYTES, segment.nbytes - at)
+        for at in range(0, segment.nbytes, _PIECE_NBYTES):
+            nbytes = min(_PIECE_NBYTES, segment.nbytes - at)
             yield [address + at, segment.stride, in_row + at, nbytes]
         in_row += segment.nbytes
 
@@ -176,20 +217,20 @@ def _move_piece(  # type: ignore[no-untyped-def]  # noqa: ANN202
     place,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    STEP: tl.constexpr,  # noqa: N803
 ):
-    lane = tl.arange(0, CHUNK)
-    in_cache = tl.multiple_of(tl.load(piece) + block_id * tl.load(piece + 1), ALIGN)
-    in_row = tl.multiple_of(tl.load(piece + 2) + place, ALIGN)
+    in_cache = tl.load(piece) + block_id * tl.load(piece + 1)
+    in_row = tl.load(piece + 2) + place
     length = tl.multiple_of(tl.load(piece + 3), ALIGN)
-    inside = lane < length
     # both from one pointer on: what is far away has a large, or a negative, offset
-    if TO_ROWS:
-        values = tl.load(cache + in_cache + lane, mask=inside)
-        tl.store(cache + in_row + lane, values, mask=inside)
-    else:
-        values = tl.load(cache + in_row + lane, mask=inside)
-        tl.store(cache + in_cache + lane, values, mask=inside)
+    for first in range(0, length, STEP):
+        at = first + tl.arange(0, STEP)
+        here = cache + tl.multiple_of(in_cache, ALIGN) + at
+        there = cache + tl.multiple_of(in_row, ALIGN) + at
+        if TO_ROWS:
+            tl.store(there, tl.load(here, mask=at < length), mask=at < length)
+        else:
+            tl.store(here, tl.load(there, mask=at < length), mask=at < length)
 
 
 @triton.jit(do_not_specialize=["total", "num_pieces"])  # type: ignore[untyped-decorator]
@@ -202,14 +243,14 @@ def _move_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     num_pieces,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    STEP: tl.constexpr,  # noqa: N803
 ):
     for number in range(tl.program_id(0), total, tl.num_programs(0)):
         index = number // num_pieces
         piece = table + (number % num_pieces) * 4
         block_id = tl.load(block_ids + index)
         place = tl.load(places + index)
-        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, CHUNK)
+        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, STEP)
 
 
 _IDS = [f"{kind}_{i}" for kind in ("block", "place") for i in range(_MOST_FEW)]
@@ -231,7 +272,7 @@ def _move_few_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     place_3,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
+    STEP: tl.constexpr,  # noqa: N803
 ):
     for number in range(tl.program_id(0), total, tl.num_programs(0)):
         index = number // num_pieces
@@ -242,4 +283,4 @@ def _move_few_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
         place = tl.where(index == 0, place_0, place_1)
         place = tl.where(index == 2, place_2, place)  # noqa: PLR2004
         place = tl.where(index == 3, place_3, place)  # noqa: PLR2004
-        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, CHUNK)
+        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, STEP)

@@ -30,7 +30,8 @@ class WayTable:
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
-    staged_programs: int = 66
+    staged_programs: int = 264
+    quiet_programs: int = 132  # one for each multiprocessor
 
 
 class Slice(NamedTuple):

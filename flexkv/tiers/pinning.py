@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_NBYTES = 64 << 20
+_CHUNK_NBYTES = 32 << 20
 _MAX_CHUNKS = 1024  # a larger region is pinned in larger chunks
 _MAX_CHUNK_NBYTES = 64 << 30  # one registration of 512 GiB fails
 
@@ -46,7 +46,7 @@ class Pinning:
     """The pinned part of ``rank``'s region of ``pool``: it grows until it is all.
 
     Each thread touches a chunk, on ``cpus`` (any, if there are none), then pins it. Chunks have
-    ``chunk_nbytes`` (0: 64 MiB or more) and end at the end of a slot. First come those that
+    ``chunk_nbytes`` (0: 32 MiB or more) and end at the end of a slot. First come those that
     somebody waits for; then those of the last slots, since an index hands these out first.
 
     Raises:
