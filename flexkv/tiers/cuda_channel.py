@@ -156,23 +156,17 @@ class CudaChannel:
                 stream=self._handle,
             )
         else:
-            is_quiet = not self._is_small(part)
             self._kernel.move(
                 self._gpu_ids.data_ptr() + 2 * turn * self._row_nbytes,
                 self._staging_places.data_ptr(),
                 number,
                 to_rows=self._is_store,
-                num_programs=self._table.quiet_programs if is_quiet else programs,
+                num_programs=programs,
                 stream=self._handle,
-                is_quiet=is_quiet,
             )
 
-    def _is_small(self, part: Slice) -> bool:
-        """Its kernel is waited for; those of others have the time of a DMA."""
-        return self._nbytes(part) <= self._table.first_nbytes
-
     def _is_few(self, part: Slice) -> bool:
-        return len(part.slots) <= self._most_few and self._is_small(part)
+        return len(part.slots) <= self._most_few
 
     def _nbytes(self, part: Slice) -> int:
         return len(part.slots) * self._stride

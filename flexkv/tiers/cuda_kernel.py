@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,20 +18,7 @@ _DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _PIECE_NBYTES = 16 << 10  # what one program moves before it looks for more
 _FETCHED = 128  # numbers at a time
 _MOST_FEW = 4  # blocks, as many as _move_few_pieces takes
-
-
-class _Pace(NamedTuple):
-    """How a kernel moves bytes: how many at a time, and what it takes for that."""
-
-    step_nbytes: int
-    num_warps: int
-    most_registers: int | None
-
-
-_QUICK = _Pace(16 << 10, 8, None)
-# One warp of these fits beside a product of matrices, which leaves no other room: who computes
-# does not have to wait for a multiprocessor.
-_QUIET = _Pace(2 << 10, 1, 32)
+_NUM_WARPS = 8
 
 
 class KernelMover:
@@ -58,7 +45,7 @@ class KernelMover:
         self._table_address = self._table.data_ptr()
         self._most = triton.next_power_of_2(max(piece[3] for piece in pieces))
         self._align = unit // element
-        self._kernels: dict[tuple[bool, _Pace], _Kernel] = {}
+        self._kernels: dict[bool, _Kernel] = {}
         self._few: dict[bool, _Kernel] = {}
         self._fetch: _Kernel
 
@@ -71,19 +58,13 @@ class KernelMover:
         table = self._table
         with torch.cuda.device(table.device):
             self._fetch = _Kernel(_fetch, (table, table, 2), (_FETCHED,))
-            for pace in (_QUICK, _QUIET):
-                self._kernels[to_rows, pace] = _Kernel(
-                    _move_pieces,
-                    (self._cache, table, table, table, 2, 2),
-                    self._constants(pace, to_rows=to_rows),
-                    pace,
-                )
+            constants = (to_rows, self._align, self._most)
+            self._kernels[to_rows] = _Kernel(
+                _move_pieces, (self._cache, table, table, table, 2, 2), constants
+            )
             wide = [1 << 40] * (2 * _MOST_FEW)  # that is, numbers of 64 bits
             self._few[to_rows] = _Kernel(
-                _move_few_pieces,
-                (self._cache, table, 2, 2, *wide),
-                self._constants(_QUICK, to_rows=to_rows),
-                _QUICK,
+                _move_few_pieces, (self._cache, table, 2, 2, *wide), constants
             )
 
     def fetch(self, source: int, target: int, number: int, *, stream: int) -> None:
@@ -103,14 +84,10 @@ class KernelMover:
         to_rows: bool,
         num_programs: int,
         stream: int,
-        is_quiet: bool = False,
     ) -> None:
-        """Launch. At ``block_ids`` and ``places`` are as many int64, of blocks and their rows.
-
-        ``is_quiet``: slower, and beside those who compute instead of in their way.
-        """
+        """Launch. At ``block_ids`` and ``places`` are as many int64, of blocks and their rows."""
         total = num_blocks * self._num_pieces
-        self._kernels[to_rows, _QUIET if is_quiet else _QUICK].launch(
+        self._kernels[to_rows].launch(
             min(total, num_programs),
             stream,
             self._base,
@@ -146,9 +123,6 @@ class KernelMover:
             *unused,
         )
 
-    def _constants(self, pace: _Pace, *, to_rows: bool) -> tuple[bool, int, int]:
-        return to_rows, self._align, min(self._most, pace.step_nbytes // self._element)
-
 
 class _Kernel:
     """A compiled kernel, with its constants, for arguments like ``examples``.
@@ -162,10 +136,8 @@ class _Kernel:
         function: Any,
         examples: tuple[object, ...],
         constants: tuple[object, ...],
-        pace: _Pace | None = None,
     ) -> None:
-        options = {"num_warps": pace.num_warps, "maxnreg": pace.most_registers} if pace else {}
-        kernel = function.warmup(*examples, *constants, grid=(1,), **options)
+        kernel = function.warmup(*examples, *constants, num_warps=_NUM_WARPS, grid=(1,))
         self._constants = constants
         kernel[1, 1, 1]  # loads it, and launches nothing
         self._kernel = kernel
@@ -217,20 +189,18 @@ def _move_piece(  # type: ignore[no-untyped-def]  # noqa: ANN202
     place,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    STEP: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
 ):
-    in_cache = tl.load(piece) + block_id * tl.load(piece + 1)
-    in_row = tl.load(piece + 2) + place
+    in_cache = tl.multiple_of(tl.load(piece) + block_id * tl.load(piece + 1), ALIGN)
+    in_row = tl.multiple_of(tl.load(piece + 2) + place, ALIGN)
     length = tl.multiple_of(tl.load(piece + 3), ALIGN)
+    at = tl.arange(0, SIZE)
     # both from one pointer on: what is far away has a large, or a negative, offset
-    for first in range(0, length, STEP):
-        at = first + tl.arange(0, STEP)
-        here = cache + tl.multiple_of(in_cache, ALIGN) + at
-        there = cache + tl.multiple_of(in_row, ALIGN) + at
-        if TO_ROWS:
-            tl.store(there, tl.load(here, mask=at < length), mask=at < length)
-        else:
-            tl.store(here, tl.load(there, mask=at < length), mask=at < length)
+    here, there = cache + in_cache + at, cache + in_row + at
+    if TO_ROWS:
+        tl.store(there, tl.load(here, mask=at < length), mask=at < length)
+    else:
+        tl.store(here, tl.load(there, mask=at < length), mask=at < length)
 
 
 @triton.jit(do_not_specialize=["total", "num_pieces"])  # type: ignore[untyped-decorator]
@@ -243,14 +213,14 @@ def _move_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     num_pieces,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    STEP: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
 ):
     for number in range(tl.program_id(0), total, tl.num_programs(0)):
         index = number // num_pieces
         piece = table + (number % num_pieces) * 4
         block_id = tl.load(block_ids + index)
         place = tl.load(places + index)
-        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, STEP)
+        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, SIZE)
 
 
 _IDS = [f"{kind}_{i}" for kind in ("block", "place") for i in range(_MOST_FEW)]
@@ -272,7 +242,7 @@ def _move_few_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
     place_3,  # noqa: ANN001
     TO_ROWS: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
-    STEP: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
 ):
     for number in range(tl.program_id(0), total, tl.num_programs(0)):
         index = number // num_pieces
@@ -283,4 +253,4 @@ def _move_few_pieces(  # type: ignore[no-untyped-def]  # noqa: ANN202
         place = tl.where(index == 0, place_0, place_1)
         place = tl.where(index == 2, place_2, place)  # noqa: PLR2004
         place = tl.where(index == 3, place_3, place)  # noqa: PLR2004
-        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, STEP)
+        _move_piece(cache, piece, block_id, place, TO_ROWS, ALIGN, SIZE)

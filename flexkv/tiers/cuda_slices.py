@@ -30,8 +30,7 @@ class WayTable:
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
-    staged_programs: int = 264
-    quiet_programs: int = 132  # one for each multiprocessor
+    staged_programs: int = 528
 
 
 class Slice(NamedTuple):
