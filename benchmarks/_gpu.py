@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from flexkv.tiers.host import HostPool
 from flexkv.tiers.segments import segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -45,24 +44,30 @@ class Contiguous:
         self._pool.close()
 
 
-def paged_caches(tokens_per_block: int, nbytes: int) -> Caches:
-    """A tensor for each layer, keys and values apart, full of random numbers."""
+def paged_caches(
+    tokens_per_block: int, nbytes: int, *, in_one: bool = False
+) -> tuple[Caches, torch.Tensor | None]:
+    """Random numbers: a tensor for each layer, keys and values apart, in allocations of their own.
+
+    ``in_one``: in one allocation, keys and values side by side, which is vLLM's LBNHC; this too.
+    """
     block_nbytes = NUM_LAYERS * 2 * tokens_per_block * NUM_HEADS * HEAD_SIZE * 2
-    shape = (2, nbytes // block_nbytes, tokens_per_block, NUM_HEADS, HEAD_SIZE)
+    num_blocks = nbytes // block_nbytes
+    if in_one:
+        shape: tuple[int, ...] = (
+            NUM_LAYERS,
+            num_blocks,
+            tokens_per_block,
+            NUM_HEADS,
+            2 * HEAD_SIZE,
+        )
+        backing = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).random_(-100, 100)
+        return {str(i): layer.permute(0, 2, 1, 3) for i, layer in enumerate(backing)}, backing
+    shape = (2, num_blocks, tokens_per_block, NUM_HEADS, HEAD_SIZE)
     return {
         str(i): torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).random_(-100, 100)
         for i in range(NUM_LAYERS)
-    }
-
-
-def num_wrong(caches: Caches, ids: Sequence[int], pool: HostPool, slots: Sequence[int]) -> int:
-    """Bytes that differ between blocks and their slots, of up to 64 of them."""
-    wrong = 0
-    for i in random.Random(1).sample(range(len(ids)), min(64, len(ids))):
-        parts = [cache[:, ids[i]].flatten() for cache in caches.values()]
-        block = torch.cat(parts).view(torch.uint8).cpu()
-        wrong += int((block != pool.region(0)[slots[i]]).sum())
-    return wrong
+    }, None
 
 
 async def seconds(copy: Callable[[], Awaitable[object]]) -> float:

@@ -14,10 +14,11 @@ import torch
 
 from flexkv.errors import ConfigError, EngineClosedError, InputError, LayoutError, TransferError
 from flexkv.tiers.cuda_channel import CudaChannel
+from flexkv.tiers.cuda_dma import MAX_STEP
 from flexkv.tiers.cuda_host import CudaPinner, cpus_of
 from flexkv.tiers.cuda_lane import Lane
 from flexkv.tiers.cuda_slices import Shape, WayTable, cut
-from flexkv.tiers.gpu import checked_ids
+from flexkv.tiers.gpu import checked_ids, rows_of
 from flexkv.tiers.pinning import Pinning
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class CudaPagedCopier:
             slot_stride=pool.slot_stride,
             slots_per_chunk=pinning.slots_per_chunk,
             is_whole=len(paged.segments) == 1,
+            row_nbytes=_row_nbytes(paged),
             blocks_touch=stride == pool.slot_stride,
             has_kernel=kernel is not None,
         )
@@ -239,6 +241,13 @@ class CudaPagedCopier:
         self._lanes.clear()
         self._pinning = None
         self._shape = None
+
+
+def _row_nbytes(paged: PagedSegments) -> int:
+    """How long the rows are that make a block, if one DMA takes them all; else 0."""
+    (first, number, step), *others = rows_of(paged.segments)
+    is_one = number > 1 and not others and step <= MAX_STEP
+    return first.nbytes if is_one else 0
 
 
 def _kernel_of(paged: PagedSegments, row_stride: int, device: torch.device) -> KernelMover | None:

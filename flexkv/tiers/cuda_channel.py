@@ -9,7 +9,8 @@ import torch
 from flexkv.tiers import cuda_dma
 from flexkv.tiers.cuda_gather import TorchMover
 from flexkv.tiers.cuda_lane import Submitted
-from flexkv.tiers.cuda_slices import Way, is_always_whole, slice_blocks
+from flexkv.tiers.cuda_slices import Way, needs_staging, slice_blocks
+from flexkv.tiers.gpu import rows_of
 
 if TYPE_CHECKING:
     from flexkv.tiers.cuda_kernel import KernelMover
@@ -34,7 +35,8 @@ class CudaChannel:
         table: WayTable,
         kernel: KernelMover | None,
     ) -> None:
-        self._paged = paged
+        self._first = paged.address(paged.segments[0], 0)
+        self._rows = rows_of(paged.segments)
         self._pool = pool
         self._is_store = is_store
         self._stride = shape.slot_stride
@@ -42,9 +44,9 @@ class CudaChannel:
         self._on_device = torch.cuda.device(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._handle = self._stream.cuda_stream
-        most = 1 if is_always_whole(shape, table) else slice_blocks(shape, table)
-        nbytes = 0 if is_always_whole(shape, table) else most * self._stride
-        self._staging = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        most = slice_blocks(shape, table)
+        num_staged = most if needs_staging(shape, table) else 0
+        self._staging = torch.empty(num_staged * self._stride, dtype=torch.uint8, device=device)
         # As many as there are slices in flight in both streams: the one before has ended then.
         number = table.max_slices
         self._ids = torch.empty((number, 2, most + most % 2), dtype=torch.int64, pin_memory=True)
@@ -60,7 +62,7 @@ class CudaChannel:
             self._gather = TorchMover(paged, self._staging, self._stride, device)
         else:
             first = self._staging.data_ptr()
-            places = [kernel.place(first + row * self._stride) for row in range(most)]
+            places = [kernel.place(first + row * self._stride) for row in range(num_staged)]
             self._staging_places = torch.tensor(places, device=device)
             self._first_places = places[: kernel.most_few]
             self._most_few = kernel.most_few
@@ -93,6 +95,9 @@ class CudaChannel:
     def _launch(self, part: Slice, turn: int) -> None:
         if part.way is Way.WHOLE:
             self._copy_whole(part)
+            return
+        if part.way is Way.ROWS:
+            self._copy_rows(part)
             return
         if part.way is Way.DIRECT:
             self._move_directly(part, turn)
@@ -178,11 +183,24 @@ class CudaChannel:
 
     def _copy_whole(self, part: Slice) -> None:
         """A run of more than one block is as contiguous in the cache as it is in the pool."""
-        segment = self._paged.segments[0]
+        (segment, _, _), *_ = self._rows
         for first, number in part.runs:
             nbytes = (number - 1) * self._stride + segment.nbytes
-            address = self._paged.address(segment, part.block_ids[first])
+            address = self._first + part.block_ids[first] * segment.stride
             self._copy(part.slots[first], address, nbytes)
+
+    def _copy_rows(self, part: Slice) -> None:
+        (first, number, step), *_ = self._rows
+        for block_id, slot in zip(part.block_ids, part.slots, strict=True):
+            cuda_dma.copy_rows(
+                self._pool + slot * self._stride,
+                self._first + block_id * first.stride,
+                step=step,
+                nbytes=first.nbytes,
+                number=number,
+                to_host=self._is_store,
+                stream=self._handle,
+            )
 
     def _copy(self, slot: int, address: int, nbytes: int) -> None:
         host, stream = self._pool + slot * self._stride, self._handle

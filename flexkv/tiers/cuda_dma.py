@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+MAX_STEP = 2**31 - 1  # of copy_rows
+
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 
 
@@ -17,13 +19,34 @@ def copy(target: int, source: int, nbytes: int, *, to_host: bool, stream: int) -
     Raises:
         RuntimeError: it can't.
     """
-    runtime = _runtime()
     kind = _DEVICE_TO_HOST if to_host else _HOST_TO_DEVICE
-    code = runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream)
+    code = _runtime().cudaMemcpyAsync(target, source, nbytes, kind, stream)
     if code:
-        runtime.cudaGetLastError()  # or the next one who asks is told of it
-        reason = runtime.cudaGetErrorString(code).decode()
-        raise RuntimeError(f"cudaMemcpyAsync of {nbytes} bytes failed: {reason} ({code})")
+        raise _error(code, f"cudaMemcpyAsync of {nbytes} bytes")
+
+
+def copy_rows(
+    host: int, gpu: int, *, step: int, nbytes: int, number: int, to_host: bool, stream: int
+) -> None:
+    """As ``copy``, of ``number`` rows: apart by ``step`` on the GPU, back to back on the host.
+
+    Raises:
+        RuntimeError: it can't.
+    """
+    copy_2d, step = _runtime().cudaMemcpy2DAsync, max(step, nbytes)
+    if to_host:
+        code = copy_2d(host, nbytes, gpu, step, nbytes, number, _DEVICE_TO_HOST, stream)
+    else:
+        code = copy_2d(gpu, step, host, nbytes, nbytes, number, _HOST_TO_DEVICE, stream)
+    if code:
+        raise _error(code, f"cudaMemcpy2DAsync of {number} times {nbytes} bytes")
+
+
+def _error(code: int, what: str) -> RuntimeError:
+    runtime = _runtime()
+    runtime.cudaGetLastError()  # or the next one who asks is told of it
+    reason = runtime.cudaGetErrorString(code).decode()
+    return RuntimeError(f"{what} failed: {reason} ({code})")
 
 
 @cache
@@ -36,6 +59,16 @@ def _runtime() -> Any:
     runtime.cudaMemcpyAsync.argtypes = [
         ctypes.c_void_p,
         ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    runtime.cudaMemcpy2DAsync.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
         ctypes.c_size_t,
         ctypes.c_int,
         ctypes.c_void_p,

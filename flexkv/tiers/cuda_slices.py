@@ -14,6 +14,7 @@ class Way(Enum):
     """How the bytes of a slice go between the paged cache and the host pool."""
 
     WHOLE = "whole"  # each block is one piece of memory: DMA between cache and pool
+    ROWS = "rows"  # each block is rows at equal distances: DMA, a call for each block
     DIRECT = "direct"  # a kernel reads or writes the pool: saves a hop, takes multiprocessors
     STAGED = "staged"  # a kernel and a staging buffer on the GPU, DMA between that and the pool
 
@@ -28,9 +29,10 @@ class WayTable:
     direct_store_nbytes: int = 8 << 20  # up to this a store is one kernel
     direct_load_nbytes: int = 8 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
+    row_nbytes: int = 16 << 10  # shorter rows are left to the kernel
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
-    staged_programs: int = 528
+    staged_programs: int = 264
 
 
 class Slice(NamedTuple):
@@ -51,6 +53,7 @@ class Shape:
     slot_stride: int
     slots_per_chunk: int  # no piece of DMA may reach beyond the end of a pinned chunk
     is_whole: bool  # a block is one segment
+    row_nbytes: int  # a block is rows of this length, or 0
     blocks_touch: bool  # and consecutive blocks are laid out as consecutive slots are
     has_kernel: bool
 
@@ -69,14 +72,14 @@ def cut(
     at = 0
     for size in sizes if is_store else reversed(sizes):
         ids, places = block_ids[at : at + size], slots[at : at + size]
-        runs = () if way is Way.DIRECT else _runs(ids, places, shape, way)
+        runs = () if way in {Way.DIRECT, Way.ROWS} else _runs(ids, places, shape, way)
         at += size
         yield Slice(way, ids, places, runs, is_last=at == len(slots))
 
 
-def is_always_whole(shape: Shape, table: WayTable) -> bool:
-    """No staging buffer is needed: a block is one piece, and not too small for a DMA of its own."""
-    return shape.is_whole and shape.block_nbytes >= table.dma_nbytes
+def needs_staging(shape: Shape, table: WayTable) -> bool:
+    """Is there a copy that takes the way of the staging buffer?"""
+    return not (_is_whole(shape, table) or _is_rows(shape, table))
 
 
 def slice_blocks(shape: Shape, table: WayTable) -> int:
@@ -87,18 +90,30 @@ def slice_blocks(shape: Shape, table: WayTable) -> int:
 def _way(
     block_ids: Sequence[int], slots: Sequence[int], shape: Shape, table: WayTable, *, is_store: bool
 ) -> Way:
-    if is_always_whole(shape, table):
+    if _is_whole(shape, table):
         return Way.WHOLE
+    nbytes = len(slots) * shape.block_nbytes
+    most = table.direct_store_nbytes if is_store else table.direct_load_nbytes
+    if shape.has_kernel and nbytes <= most:
+        return Way.DIRECT
+    if _is_rows(shape, table):
+        return Way.ROWS
     if not shape.has_kernel:
         return Way.STAGED
-    nbytes = len(slots) * shape.block_nbytes
-    if nbytes <= (table.direct_store_nbytes if is_store else table.direct_load_nbytes):
-        return Way.DIRECT
     if shape.block_nbytes < table.dma_nbytes:
         num_runs = len(_runs(block_ids, slots, shape, Way.STAGED))
         if nbytes < num_runs * table.dma_nbytes:
             return Way.DIRECT
     return Way.STAGED
+
+
+def _is_whole(shape: Shape, table: WayTable) -> bool:
+    return shape.is_whole and shape.block_nbytes >= table.dma_nbytes
+
+
+def _is_rows(shape: Shape, table: WayTable) -> bool:
+    large = shape.block_nbytes >= table.dma_nbytes
+    return large and shape.row_nbytes > 0 and shape.row_nbytes >= table.row_nbytes
 
 
 def _sizes(num_blocks: int, shape: Shape, table: WayTable, *, is_ramp: bool) -> list[int]:

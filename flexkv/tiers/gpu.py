@@ -330,7 +330,7 @@ def _pieces_of(paged: PagedSegments, region: torch.Tensor) -> Iterator[_Piece]:
     caches = [torch.empty(0, dtype=_DTYPES[unit]).set_(storage) for storage in paged.storages]
     host = torch.empty(0, dtype=_DTYPES[unit]).set_(region.untyped_storage())
     slot_offset = int(region.storage_offset())
-    for first, num_rows, step in _rows_of(paged.segments):
+    for first, num_rows, step in rows_of(paged.segments):
         num_elements = first.nbytes // unit
         cache = caches[first.storage].as_strided(
             (paged.num_blocks, num_rows, num_elements),
@@ -346,7 +346,7 @@ def _pieces_of(paged: PagedSegments, region: torch.Tensor) -> Iterator[_Piece]:
         yield from _cut(cache, slots)
 
 
-def _rows_of(segments: Sequence[Segment]) -> list[tuple[Segment, int, int]]:
+def rows_of(segments: Sequence[Segment]) -> list[tuple[Segment, int, int]]:
     """Segments at equal distances as (the first, how many, the distance)."""
     rows: list[tuple[Segment, int, int]] = []
     for segment in segments:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CHUNK_NBYTES = 32 << 20
+_MAX_THREADS = 8  # more of them wait for the kernel's lock on the file
 _MAX_CHUNKS = 1024  # a larger region is pinned in larger chunks
 _MAX_CHUNK_NBYTES = 64 << 30  # one registration of 512 GiB fails
 
@@ -83,7 +84,7 @@ class Pinning:
         self.seconds: float | None = None
         self._threads = [
             threading.Thread(target=self._serve, name="flexkv-pin", daemon=True)
-            for _ in range(min(pool.num_touch_threads, num_chunks))
+            for _ in range(min(pool.num_touch_threads, num_chunks, _MAX_THREADS))
         ]
         for thread in self._threads:
             thread.start()

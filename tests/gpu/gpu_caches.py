@@ -24,8 +24,14 @@ Caches = dict[str, torch.Tensor]
 PAGE = 4096
 TABLES = {
     "direct": WayTable(direct_load_nbytes=1 << 30, direct_store_nbytes=1 << 30),
-    "staged": WayTable(direct_load_nbytes=-1, direct_store_nbytes=-1, dma_nbytes=0),
+    "staged": WayTable(
+        direct_load_nbytes=-1, direct_store_nbytes=-1, dma_nbytes=0, row_nbytes=1 << 30
+    ),
+    "rows": WayTable(
+        direct_load_nbytes=-1, direct_store_nbytes=-1, dma_nbytes=0, row_nbytes=1, max_slices=3
+    ),
     "small slices": WayTable(
+        row_nbytes=1 << 30,
         slice_nbytes=3 * PAGE,
         first_nbytes=PAGE,
         max_slices=2,
