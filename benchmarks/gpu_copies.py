@@ -241,7 +241,7 @@ async def products_beside(report: Report, copies: Copies) -> None:
 
     alone, beside = [], []
     await asyncio.to_thread(run)
-    for _ in range(2 if report.quick else 8):
+    for _ in range(2 if report.quick else 5):
         alone.append(await asyncio.to_thread(run))
         is_over = False
         async with asyncio.TaskGroup() as tasks:
@@ -254,7 +254,7 @@ async def products_beside(report: Report, copies: Copies) -> None:
     ratio = median(beside) / median(alone)
     report.add(f"{copies.name}: products beside / alone", ratio, "", target=1.01)
     gbps = copies.num_slots * copies.block_nbytes / median(times_s) / 1e9
-    report.add("copies beside products, sum", gbps, "GB/s", better="higher")
+    report.add(f"{copies.name}: copies beside products, sum", gbps, "GB/s", better="higher")
 
 
 async def engine(report: Report, link_gbps: float) -> None:
@@ -290,7 +290,7 @@ async def engine(report: Report, link_gbps: float) -> None:
             report.add(f"{name} p99", 1e6 * percentile(samples, 99), "us")
 
 
-async def pinning(report: Report) -> None:
+async def pinning(report: Report, *, huge_pages: bool = False) -> None:
     """How soon the first load runs, and how soon all of 8 GiB are pinned."""
     caches, _ = paged_caches(16, 256 * MIB)
     first_s, pinned_s, longest_s = [], [], []
@@ -298,7 +298,8 @@ async def pinning(report: Report) -> None:
     num_threads = 0
     for _ in range(3):
         started_s = time.perf_counter()
-        pool = HostPool(num_slots, segments_of(caches, 16).block_nbytes)
+        nbytes = segments_of(caches, 16).block_nbytes
+        pool = HostPool(num_slots, nbytes, huge_pages=huge_pages)
         copier = make_copier(caches, 16, pool.slot_nbytes)
         assert isinstance(copier, CudaPagedCopier)
         copier.attach_pool(pool, 0)
@@ -314,10 +315,11 @@ async def pinning(report: Report) -> None:
         num_threads = copier.pinning.num_threads
         await copier.close()
         pool.close()
-    report.add("8 GiB pool: until the first load has run", median(first_s), "s", target=0.3)
-    report.add(f"8 GiB pool: pinned, {num_threads} threads", median(pinned_s), "s", target=2)
-    report.add("8 GiB pool: the first of three times", pinned_s[0], "s")
-    report.add("8 GiB pool: longest load while it is pinned", median(longest_s), "s")
+    name = "8 GiB pool" + (" of huge pages" if huge_pages else "")
+    report.add(f"{name}: until the first load has run", median(first_s), "s", target=0.3)
+    report.add(f"{name}: pinned, {num_threads} threads", median(pinned_s), "s", target=2)
+    report.add(f"{name}: the first of three times", pinned_s[0], "s")
+    report.add(f"{name}: longest load while it is pinned", median(longest_s), "s")
 
 
 def new_process(report: Report) -> None:
@@ -345,7 +347,7 @@ async def main() -> Report:
             if mib * MIB >= copies.block_nbytes:
                 await one_size(report, copies, mib)
         if tokens == 16:
-            for mib in (128, 2048):
+            for mib in () if in_one else (128, 2048):
                 await one_size(report, copies, mib, scattered=True)
             await products_beside(report, copies)
         if not link_gbps:
