@@ -340,15 +340,16 @@ async def main() -> Report:
         sys.exit("this benchmark needs a GPU with CUDA")
     print(torch.cuda.get_device_name(DEVICE), "torch", torch.__version__, file=sys.stderr)
     link_gbps = 0.0
-    for tokens, in_one in ((16, False), (64, False), (16, True)):
+    for tokens, in_one in ((16, False), (64, False), (16, True), (64, True)):
         copies = Copies(tokens, 2 * GIB, in_one=in_one)
         await check(report, copies)
         for mib in TARGETS:
             if mib * MIB >= copies.block_nbytes:
                 await one_size(report, copies, mib)
-        if tokens == 16:
-            for mib in () if in_one else (128, 2048):
+        if tokens == 16 and not in_one:
+            for mib in (128, 2048):
                 await one_size(report, copies, mib, scattered=True)
+        if in_one == (tokens == 64):  # all goes through the kernel, and nothing
             await products_beside(report, copies)
         if not link_gbps:
             contiguous = Contiguous(2 * GIB)

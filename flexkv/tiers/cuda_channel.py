@@ -42,7 +42,8 @@ class CudaChannel:
         self._stride = shape.slot_stride
         self._table = table
         self._on_device = torch.cuda.device(device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Of the model's own priority it may share a queue with it, and wait for all that is in it.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._handle = self._stream.cuda_stream
         most = slice_blocks(shape, table)
         num_staged = most if needs_staging(shape, table) else 0

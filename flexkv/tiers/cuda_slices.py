@@ -29,7 +29,7 @@ class WayTable:
     direct_store_nbytes: int = 8 << 20  # up to this a store is one kernel
     direct_load_nbytes: int = 8 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
-    row_nbytes: int = 16 << 10  # shorter rows are left to the kernel
+    row_nbytes: int = 256 << 10  # shorter rows are left to the kernel, which is faster
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
     staged_programs: int = 264
@@ -92,12 +92,12 @@ def _way(
 ) -> Way:
     if _is_whole(shape, table):
         return Way.WHOLE
+    if _is_rows(shape, table):
+        return Way.ROWS
     nbytes = len(slots) * shape.block_nbytes
     most = table.direct_store_nbytes if is_store else table.direct_load_nbytes
     if shape.has_kernel and nbytes <= most:
         return Way.DIRECT
-    if _is_rows(shape, table):
-        return Way.ROWS
     if not shape.has_kernel:
         return Way.STAGED
     if shape.block_nbytes < table.dma_nbytes:

@@ -23,7 +23,7 @@ Caches = dict[str, torch.Tensor]
 
 PAGE = 4096
 TABLES = {
-    "direct": WayTable(direct_load_nbytes=1 << 30, direct_store_nbytes=1 << 30),
+    "direct": WayTable(direct_load_nbytes=1 << 30, direct_store_nbytes=1 << 30, row_nbytes=1 << 30),
     "staged": WayTable(
         direct_load_nbytes=-1, direct_store_nbytes=-1, dma_nbytes=0, row_nbytes=1 << 30
     ),
