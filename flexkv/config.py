@@ -175,6 +175,9 @@ class TransfersConfig(Settings):
     touch_threads: int = setting(
         "threads that touch the pool first; 0: one per core, up to 16", default=0, ge=0, le=256
     )
+    huge_pages: bool = setting(
+        "pages of 2 MiB for the pool, where the system gives them to shared memory", default=False
+    )
 
     def _conflicts(self) -> list[Problem]:
         return [

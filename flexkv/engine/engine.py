@@ -105,6 +105,7 @@ class Engine:
                     layout.block_nbytes,
                     layout.num_ranks,
                     settings.touch_threads,
+                    huge_pages=settings.huge_pages,
                 )
                 exits.callback(pool.close)  # each copier touches its own region
             tasks = asyncio.TaskGroup()

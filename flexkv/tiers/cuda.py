@@ -17,7 +17,7 @@ from flexkv.tiers.cuda_channel import CudaChannel
 from flexkv.tiers.cuda_dma import MAX_STEP
 from flexkv.tiers.cuda_host import CudaPinner, cpus_of
 from flexkv.tiers.cuda_lane import Lane
-from flexkv.tiers.cuda_slices import Shape, WayTable, cut
+from flexkv.tiers.cuda_slices import Shape, WayTable, cut, described
 from flexkv.tiers.gpu import checked_ids, rows_of
 from flexkv.tiers.pinning import Pinning
 
@@ -220,17 +220,9 @@ class CudaPagedCopier:
                 warm.set_result(None)
 
         threading.Thread(target=warm_up, name="flexkv-warm-up", daemon=True).start()
-        table, shape = self._table, self._shape
-        assert shape is not None
-        _log.info(
-            "copies on %s: %s; up to %d (loads) and %d (stores) MiB without staging, else in "
-            "slices of %d MiB",
-            torch.cuda.get_device_name(self._device),
-            "a Triton kernel" if shape.has_kernel else "torch alone",
-            table.direct_load_nbytes >> 20,
-            table.direct_store_nbytes >> 20,
-            table.slice_nbytes >> 20,
-        )
+        assert self._shape is not None
+        name = torch.cuda.get_device_name(self._device)
+        _log.info("copies on %s: %s", name, described(self._shape, self._table))
 
     def _detach(self) -> None:
         if self._pinning is not None:

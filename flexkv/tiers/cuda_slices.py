@@ -82,6 +82,19 @@ def needs_staging(shape: Shape, table: WayTable) -> bool:
     return not (_is_whole(shape, table) or _is_rows(shape, table))
 
 
+def described(shape: Shape, table: WayTable) -> str:
+    """Which ways copies go, for the log."""
+    if _is_whole(shape, table):
+        return "whole blocks by DMA"
+    if _is_rows(shape, table):
+        return f"blocks by DMA in rows of {shape.row_nbytes >> 10} KiB"
+    staged = f"slices of {table.slice_nbytes >> 20} MiB staged on the GPU"
+    if not shape.has_kernel:
+        return f"{staged} by torch alone"
+    loads, stores = table.direct_load_nbytes >> 20, table.direct_store_nbytes >> 20
+    return f"loads up to {loads} MiB and stores up to {stores} MiB by one kernel, else {staged}"
+
+
 def slice_blocks(shape: Shape, table: WayTable) -> int:
     """The most blocks of a slice."""
     return max(1, table.slice_nbytes // shape.slot_stride)

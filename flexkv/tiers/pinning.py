@@ -141,7 +141,14 @@ class Pinning:
     # What follows runs in the threads.
 
     def _serve(self) -> None:
-        stay_on(self._cpus)
+        try:
+            stay_on(self._cpus)
+            self._pin_all()
+        except BaseException as bug:
+            self._end(f"the host pool can't be pinned: {bug!r}")  # nobody may wait for ever
+            raise
+
+    def _pin_all(self) -> None:
         while (chunk := self._next()) is not None:
             try:
                 part = self._part(chunk)

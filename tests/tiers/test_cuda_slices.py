@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv.tiers.cuda_slices import Shape, Way, WayTable, cut, needs_staging
+from flexkv.tiers.cuda_slices import Shape, Way, WayTable, cut, described, needs_staging
 
 MIB = 1 << 20
 
@@ -62,6 +62,19 @@ def test_each_copy_goes_its_way(number: int, of: Shape, step: int, way: Way) -> 
         assert ways(number, of, step=step, is_store=is_store) == {way}
     assert needs_staging(of, WayTable()) or way != Way.STAGED
     assert not (needs_staging(of, WayTable()) and way in {Way.WHOLE, Way.ROWS})
+
+
+@pytest.mark.parametrize(
+    ("of", "says"),
+    [
+        (shape(), "loads up to 8 MiB and stores up to 8 MiB by one kernel, else slices of 32 MiB"),
+        (shape(has_kernel=False), "by torch alone"),
+        (shape(is_whole=True), "whole blocks by DMA"),
+        (shape(row_nbytes=256 << 10), "rows of 256 KiB"),
+    ],
+)
+def test_the_log_says_which_way(of: Shape, says: str) -> None:
+    assert says in described(of, WayTable())
 
 
 def test_a_store_begins_and_a_load_ends_with_a_small_slice() -> None:

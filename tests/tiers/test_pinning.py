@@ -50,8 +50,8 @@ class MadeUpPinner:
 
 @pytest.fixture
 def pool() -> Iterator[HostPool]:
-    """Two regions of ten slots of a page."""
-    made = HostPool(10, 100, num_ranks=2, touch_threads=2)
+    """Two regions of ten slots of a page; one thread, so that the order is known."""
+    made = HostPool(10, 100, num_ranks=2, touch_threads=1)
     yield made
     made.close()
 
@@ -64,6 +64,7 @@ def pinner() -> MadeUpPinner:
 async def test_all_of_the_region_is_pinned_in_chunks_of_whole_slots(
     pool: HostPool, pinner: MadeUpPinner
 ) -> None:
+    pool.num_touch_threads = 3
     pinning = Pinning(pool, 1, pinner, chunk_nbytes=3 * PAGE + 1)
     await pinning.wait(range(10))
     start = pool.region(1).data_ptr()
@@ -80,7 +81,6 @@ async def test_the_last_slots_come_first_and_those_that_are_wanted_before_them(
     pool: HostPool, pinner: MadeUpPinner
 ) -> None:
     start = pool.region(0).data_ptr()
-    pool.num_touch_threads = 1
     pinner.held = lambda address: address == start + 9 * PAGE
     pinning = Pinning(pool, 0, pinner, chunk_nbytes=PAGE)
     waiting = asyncio.create_task(pinning.wait([3, 5]))
@@ -119,6 +119,20 @@ async def test_memory_that_can_not_be_pinned_is_a_transfer_error_now_and_later(
     for _ in range(2):
         with pytest.raises(TransferError, match="can't be pinned: ulimit -l"):
             await pinning.wait([0])
+    pinning.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_bug_in_a_thread_lets_nobody_wait(
+    pool: HostPool, pinner: MadeUpPinner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pool, "touch_part", fail)
+    pinning = Pinning(pool, 0, pinner)
+    with pytest.raises(TransferError, match="a bug"):
+        await pinning.wait([0])
     pinning.close()
 
 
