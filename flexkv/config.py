@@ -102,15 +102,15 @@ class TransfersConfig(Settings):
 
     chunk_bytes: int = setting(
         "a load or store is copied in chunks of about this size",
-        default=2**23,
+        default=2**26,
         ge=1,
         le=_MAX_NBYTES,
     )
     max_load_bytes: int = setting(
-        "bytes in flight toward the GPU", default=2**28, ge=1, le=_MAX_NBYTES
+        "bytes in flight toward each rank's GPU", default=2**28, ge=1, le=_MAX_NBYTES
     )
     max_store_bytes: int = setting(
-        "bytes in flight away from the GPU", default=2**28, ge=1, le=_MAX_NBYTES
+        "bytes in flight away from each rank's GPU", default=2**28, ge=1, le=_MAX_NBYTES
     )
     deadline_s: float = setting(
         "how long a call waits, in a queue too", default=30.0, gt=0, le=_MAX_S
@@ -120,6 +120,9 @@ class TransfersConfig(Settings):
     )
     touch_threads: int = setting(
         "threads that touch the pool first; 0: one per core, up to 16", default=0, ge=0, le=256
+    )
+    huge_pages: bool = setting(
+        "pages of 2 MiB for the pool, where the system gives them to shared memory", default=False
     )
 
     def _conflicts(self) -> list[Problem]:

@@ -97,9 +97,9 @@ class Engine:
                     layout.block_nbytes,
                     layout.num_ranks,
                     settings.touch_threads,
+                    huge_pages=settings.huge_pages,
                 )
-                exits.callback(pool.close)
-                await asyncio.to_thread(pool.touch_all)
+                exits.callback(pool.close)  # each copier touches its own region
             tasks = asyncio.TaskGroup()
             await tasks.__aenter__()
             # not told of other errors, which it would wrap

@@ -184,7 +184,7 @@ class Transfers:
                 if any(task.done() and not task.result() for group in tasks for task in group):
                     break
                 size = min(self._num_chunk_blocks, num_blocks - i * self._num_chunk_blocks)
-                nbytes = size * self._block_nbytes * len(copies)
+                nbytes = size * self._block_nbytes  # of one rank: each has a link of its own
                 await lane.enter(nbytes)
                 tasks.append(self._begin(lane, nbytes, copies))
         except TransferError as error:

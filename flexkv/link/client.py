@@ -51,7 +51,7 @@ class LinkClient:
     copier's own. ``notes`` gets what the engine tells the model thread, on this loop: it must not
     wait. An engine that says nothing for ``silence_s`` is lost; ``heartbeat_s`` is as the engine's.
     A load that has to wait for a step fails if ``reached`` does not tell of it within
-    ``step_deadline_s``.
+    ``step_deadline_s``. ``huge_pages``: ask for them, as the engine does.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class LinkClient:
         silence_s: float = 10.0,
         mark: Callable[[], object] | None = None,
         step_deadline_s: float = 30.0,
+        huge_pages: bool = False,
     ) -> None:
         self.num_dropped = 0  # messages that made no sense
         self.is_linked = False
@@ -93,6 +94,7 @@ class LinkClient:
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._step_deadline_s = step_deadline_s
+        self._huge_pages = huge_pages
         self._step = 0
         self._stepped = asyncio.Event()
         self._welcome: Welcome | None = None
@@ -243,7 +245,11 @@ class LinkClient:
 
     def _attach_now(self, welcome: Welcome) -> None:
         self._pool = HostPool.open(
-            welcome.pool_path, welcome.num_slots, welcome.slot_nbytes, welcome.num_ranks
+            welcome.pool_path,
+            welcome.num_slots,
+            welcome.slot_nbytes,
+            welcome.num_ranks,
+            huge_pages=self._huge_pages,
         )
         self._copier.attach_pool(self._pool, self._hello.rank)
 

@@ -43,16 +43,24 @@ def make_copier(
         LayoutError: they can't be cut into blocks of ``tokens_per_block`` tokens and
             ``block_nbytes`` bytes, or this version has no copier for the device.
     """
-    devices = {cache.device.type for cache in kv_caches.values()}
-    if unknown := devices - {"cpu"}:
+    devices = {cache.device for cache in kv_caches.values()}
+    if unknown := {device.type for device in devices} - {"cpu", "cuda"}:
         names = " and ".join(sorted(name.upper() for name in unknown))
-        raise LayoutError(f"{names} caches are not in this version: CPU tensors only")
+        raise LayoutError(f"{names} caches are not in this version: CPU and CUDA tensors only")
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise LayoutError(f"the caches are on {names}: one rank has them all on one device")
     paged = segments_of(kv_caches, tokens_per_block, block_axis)
     if paged.block_nbytes != block_nbytes:
         raise LayoutError(
             f"a block of these {paged.num_layers} layers has {paged.block_nbytes} bytes, but the "
             f"layout says block_nbytes={block_nbytes}"
         )
+    device = next(iter(devices))
+    if device.type == "cuda":
+        from flexkv.tiers.cuda import CudaPagedCopier  # noqa: PLC0415  # whom it concerns
+
+        return CudaPagedCopier(paged, device)
     return CpuPagedCopier(paged)
 
 
@@ -98,7 +106,7 @@ class CpuPagedCopier:
         return self._paged.num_blocks
 
     def attach_pool(self, pool: HostPool, rank: int) -> None:
-        """Copy to and from ``pool``'s region of ``rank`` from now on.
+        """Copy to and from ``pool``'s region of ``rank`` from now on; touches it in the background.
 
         Raises:
             LayoutError: a slot is smaller than a block.
@@ -109,6 +117,7 @@ class CpuPagedCopier:
                 f"{self._paged.block_nbytes}"
             )
         self._pieces = list(_pieces_of(self._paged, pool.region(rank)))
+        pool.touch_soon(rank)
         self._num_slots = pool.num_slots
         largest = max(piece.cache[0].numel() for piece in self._pieces)
         self._max_run = _MAX_ELEMENTS // largest
@@ -198,8 +207,8 @@ class CpuPagedCopier:
         """What to copy as (block id, slot, how many of both from there on)."""
         if len(block_ids) != len(slots):
             raise InputError(f"{len(block_ids)} block ids do not go with {len(slots)} slots")
-        block_ids = _in_range("block id", block_ids, self._paged.num_blocks)
-        slots = _in_range("slot", slots, self._num_slots)
+        block_ids = checked_ids("block id", block_ids, self._paged.num_blocks)
+        slots = checked_ids("slot", slots, self._num_slots)
         runs: list[tuple[int, int, int]] = []
         first_id = first_slot = length = 0
         for block_id, slot in zip(block_ids, slots, strict=True):
@@ -313,7 +322,12 @@ class CpuPagedCopier:
                 copy.done.get_loop().call_soon_threadsafe(self._wake)
 
 
-def _in_range(name: str, ids: Sequence[int], limit: int) -> list[int]:
+def checked_ids(name: str, ids: Sequence[int], limit: int) -> list[int]:
+    """``ids`` as integers: 0 to ``limit`` - 1.
+
+    Raises:
+        InputError: there are others.
+    """
     try:
         whole = list(map(operator.index, ids))
     except TypeError as error:
@@ -332,7 +346,7 @@ def _pieces_of(paged: PagedSegments, region: torch.Tensor) -> Iterator[_Piece]:
     caches = [torch.empty(0, dtype=_DTYPES[unit]).set_(storage) for storage in paged.storages]
     host = torch.empty(0, dtype=_DTYPES[unit]).set_(region.untyped_storage())
     slot_offset = int(region.storage_offset())
-    for first, num_rows, step in _rows_of(paged.segments):
+    for first, num_rows, step in rows_of(paged.segments):
         num_elements = first.nbytes // unit
         cache = caches[first.storage].as_strided(
             (paged.num_blocks, num_rows, num_elements),
@@ -348,7 +362,7 @@ def _pieces_of(paged: PagedSegments, region: torch.Tensor) -> Iterator[_Piece]:
         yield from _cut(cache, slots)
 
 
-def _rows_of(segments: Sequence[Segment]) -> list[tuple[Segment, int, int]]:
+def rows_of(segments: Sequence[Segment]) -> list[tuple[Segment, int, int]]:
     """Segments at equal distances as (the first, how many, the distance)."""
     rows: list[tuple[Segment, int, int]] = []
     for segment in segments:

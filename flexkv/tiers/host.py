@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +18,13 @@ import torch
 from flexkv.errors import ConfigError, InputError, LayoutError
 from flexkv.tiers.memory import require_memory
 
+_log = logging.getLogger(__name__)
+
 _ALIGNMENT = 4096  # what direct I/O asks for
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-_TOUCH_NBYTES = 64 << 20  # between two looks at whether the pool was closed
+_TOUCH_NBYTES = 4 << 20  # at a time: who wants to map memory meanwhile waits for the end
 _MAX_TOUCH_THREADS = 16
+_SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class HostPool:
@@ -26,8 +32,9 @@ class HostPool:
 
     A slot is a rank's part of a block: ``slot_nbytes`` bytes, ``slot_stride`` apart. Memory is
     taken from the system when it is touched, not before. ``touch_threads`` is how many threads
-    touch it (0: one per core, at most 16). ``source`` maps the pool of another process instead of
-    making one; see ``open``.
+    touch it (0: one per core, at most 16). ``huge_pages`` asks for pages of 2 MiB, where the system
+    gives them to shared memory. ``source`` maps the pool of another process instead of making one;
+    see ``open``.
 
     Raises:
         ConfigError: not Linux, or less memory is available than the pool needs.
@@ -40,6 +47,7 @@ class HostPool:
         num_ranks: int = 1,
         touch_threads: int = 0,
         *,
+        huge_pages: bool = False,
         source: str | int | None = None,
     ) -> None:
         if sys.platform != "linux":
@@ -55,12 +63,16 @@ class HostPool:
         # whole pages, so that each rank can touch and pin its region and nothing else
         self._region_nbytes = _rounded_up(num_slots * self.slot_stride, mmap.PAGESIZE)
         self.nbytes = num_ranks * self._region_nbytes
-        self._num_threads = touch_threads or min(os.cpu_count() or 1, _MAX_TOUCH_THREADS)
+        self.num_touch_threads = touch_threads or min(os.cpu_count() or 1, _MAX_TOUCH_THREADS)
+        self._touching: list[threading.Thread] = []
         self._pid = os.getpid()
         self.fd = _created(self.nbytes) if source is None else _opened(source, self.nbytes)
         # The array exports the mapping's buffer (torch.frombuffer would not), so it is unmapped
         # when the last view is gone, and never under one.
-        array = np.frombuffer(mmap.mmap(self.fd, self.nbytes), np.uint8)
+        mapping = mmap.mmap(self.fd, self.nbytes)
+        if huge_pages:
+            _ask_for_huge_pages(mapping)
+        array = np.frombuffer(mapping, np.uint8)
         self._bytes: torch.Tensor | None = torch.from_numpy(array)
 
     @classmethod
@@ -71,6 +83,8 @@ class HostPool:
         slot_nbytes: int,
         num_ranks: int = 1,
         touch_threads: int = 0,
+        *,
+        huge_pages: bool = False,
     ) -> HostPool:
         """Map the pool of another process: the ``path()`` it told, or a descriptor it sent.
 
@@ -78,7 +92,14 @@ class HostPool:
             ConfigError: there is no such file, or this process may not open it.
             LayoutError: the pool is of another size than these numbers say.
         """
-        return cls(num_slots, slot_nbytes, num_ranks, touch_threads, source=source)
+        return cls(
+            num_slots,
+            slot_nbytes,
+            num_ranks,
+            touch_threads,
+            huge_pages=huge_pages,
+            source=source,
+        )
 
     def path(self) -> str:
         """Where a process of the same user can open the pool, as long as this one keeps it."""
@@ -109,14 +130,48 @@ class HostPool:
         _check("rank", rank, self.num_ranks)
         self._touch(rank * self._region_nbytes, self._region_nbytes)
 
+    def touch_soon(self, rank: int) -> None:
+        """``touch`` in the background; what goes wrong is logged."""
+
+        def touch() -> None:
+            try:
+                self.touch(rank)
+            except ConfigError:
+                _log.exception("the host pool's memory can't all be taken")
+            except (InputError, OSError):
+                _log.debug("the host pool was closed before it was touched")
+
+        _check("rank", rank, self.num_ranks)
+        thread = threading.Thread(target=touch, name="flexkv-touch", daemon=True)
+        self._touching.append(thread)
+        thread.start()
+
     def touch_all(self) -> None:
         """``touch`` every region."""
         self._touch(0, self.nbytes)
+
+    def touch_part(self, part: torch.Tensor) -> None:
+        """``touch`` some of a region's bytes, in the calling thread; asks for no memory first."""
+        for step in _parts(part, _TOUCH_NBYTES):
+            if self._bytes is None:
+                return
+            _populate(step)
+
+    def require_memory(self, nbytes: int) -> None:
+        """See that ``nbytes`` of the pool can still be taken, as far as they are not yet.
+
+        Raises:
+            ConfigError: less memory is available.
+        """
+        untouched = max(0, self.nbytes - 512 * os.fstat(self.fd).st_blocks)
+        require_memory(min(nbytes, untouched))
 
     def close(self) -> None:
         """Let go of the pool. Memory stays mapped for as long as a view of it lives."""
         if self._bytes is not None:
             self._bytes = None
+            for thread in self._touching:  # within milliseconds: it looks at what we just did
+                thread.join()
             os.close(self.fd)
 
     def _mapped(self) -> torch.Tensor:
@@ -126,19 +181,12 @@ class HostPool:
 
     def _touch(self, start: int, nbytes: int) -> None:
         region = self._mapped()[start : start + nbytes]
-        untouched = max(0, self.nbytes - 512 * os.fstat(self.fd).st_blocks)
-        require_memory(min(nbytes, untouched))
-        share = _rounded_up(-(-nbytes // self._num_threads), mmap.PAGESIZE)
-        with ThreadPoolExecutor(self._num_threads, "flexkv-touch") as threads:
-            shares = [threads.submit(self._touch_share, part) for part in _parts(region, share)]
+        self.require_memory(nbytes)
+        share = _rounded_up(-(-nbytes // self.num_touch_threads), mmap.PAGESIZE)
+        with ThreadPoolExecutor(self.num_touch_threads, "flexkv-touch") as threads:
+            shares = [threads.submit(self.touch_part, part) for part in _parts(region, share)]
         for done in shares:
             done.result()
-
-    def _touch_share(self, share: torch.Tensor) -> None:
-        for part in _parts(share, _TOUCH_NBYTES):
-            if self._bytes is None:
-                return
-            _populate(part)
 
 
 def _created(nbytes: int) -> int:
@@ -164,6 +212,20 @@ def _opened(source: str | int, nbytes: int) -> int:
             "slot_nbytes and num_ranks must be those it was made with"
         )
     return fd
+
+
+def _ask_for_huge_pages(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        _log.warning("no huge pages for the host pool: %s", error.strerror)
+        return
+    try:
+        setting = _SHMEM_HUGE_PAGES.read_text()
+    except OSError:
+        setting = ""
+    if "[never]" in setting or "[deny]" in setting:
+        _log.warning("no huge pages for the host pool: %s says never", _SHMEM_HUGE_PAGES)
 
 
 def _populate(part: torch.Tensor) -> None:

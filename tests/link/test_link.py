@@ -403,7 +403,7 @@ async def test_a_pool_that_cant_be_used_ends_the_worker_and_tells_the_engine(
 
 class ClosedPool:
     @staticmethod
-    def open(*_: object) -> None:
+    def open(*_: object, **__: object) -> None:
         raise LayoutError("it has another size")
 
 

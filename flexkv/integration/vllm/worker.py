@@ -90,6 +90,7 @@ class WorkerRole:
             notes=self._notes.append,
             deadline_s=_DIAL_S,
             mark=lambda: self._mark,
+            huge_pages=settings.config.transfers.huge_pages,
         )
         self._thread = LoopThread(f"flexkv-worker-{settings.rank}", self._serve)
         self._thread.start(_START_S)
