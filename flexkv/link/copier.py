@@ -57,7 +57,7 @@ class LinkCopier:
         self.loss: str | None = None
         self.is_free = False
         self.num_missed = 0  # heartbeats since the worker said something
-        _log.info("rank %d is here: process %d", hello.rank, hello.pid)
+        _log.debug("rank %d is here: process %d", hello.rank, hello.pid)
         self.welcome()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.link.errors import EndpointTakenError, LinkError
-from flexkv.process import host_name
+from flexkv.process import Process, host_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MAX_SOCKET_PATH = 107  # bytes; Linux's sun_path, less the NUL
 _MAX_TRIES = 100
+_SWEEP_S = 0.01
+_FRESH_S = 60.0
 
 
 def default_endpoint(
@@ -109,9 +112,20 @@ class EndpointLock:
         """
         try:
             self._path = self._lock_path()
+            if self._path.parent == private_folder():
+                _sweep(self._path.parent)
             self._fd = self._locked()
+        except FileNotFoundError:
+            raise LinkError(
+                self._endpoint,
+                f"the folder {self._path.parent} does not exist: make it, or set another "
+                "server_recv_port",
+            ) from None
         except OSError as error:
-            raise LinkError(self._endpoint, f"can't lock {self._path}: {error.strerror}") from error
+            raise LinkError(
+                self._endpoint,
+                f"can't lock {self._path}: {error.strerror}: set another server_recv_port",
+            ) from error
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()} {host_name()}\n".encode(), 0)
         _held.add(self)
@@ -137,7 +151,11 @@ class EndpointLock:
                 if _is_at(fd, self._path):
                     return fd
             except BlockingIOError:
-                raise EndpointTakenError(self._endpoint, *_owner_of(fd)) from None
+                pid, host = _owner_of(fd)
+                if pid is None or host != host_name() or Process(pid).is_alive():
+                    raise EndpointTakenError(self._endpoint, pid, host) from None
+                time.sleep(_SWEEP_S)  # somebody is sweeping up what the dead owner has left
+                continue
             except OSError:
                 os.close(fd)
                 raise
@@ -159,6 +177,23 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what engines that were killed have left: their names never come again."""
+    now_s = time.time()
+    for path in folder.glob("*.lock"):
+        with contextlib.suppress(OSError):  # another engine's, or another sweeper was faster
+            if now_s - path.lstat().st_mtime < _FRESH_S:
+                continue  # its owner may be about to lock it
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(fd, path):
+                    path.with_suffix("").unlink(missing_ok=True)
+                    path.unlink()
+            finally:
+                os.close(fd)
 
 
 def _is_at(fd: int, path: Path) -> bool:

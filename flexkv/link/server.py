@@ -220,9 +220,9 @@ class LinkServer:
             if error.errno not in {zmq.EHOSTUNREACH, zmq.EAGAIN}:
                 raise
 
-    def _lose(self, copier: LinkCopier, reason: str) -> None:
+    def _lose(self, copier: LinkCopier, reason: str, level: int = logging.WARNING) -> None:
         copier.lose(reason)
-        _log.warning("%s: %s", self.endpoint, copier.loss)
+        _log.log(level, "%s: %s", self.endpoint, copier.loss)
         self._tell_waiters()
 
     # Who says what.
@@ -266,7 +266,8 @@ class LinkServer:
             case Bye():
                 del self._routes[route]
                 if copier.loss is None:
-                    self._lose(copier, f"has left: {message.reason or 'it has ended'}")
+                    level = logging.WARNING if message.reason else logging.INFO
+                    self._lose(copier, f"has left: {message.reason or 'it has ended'}", level)
                 copier.is_free = True
             case Pong() | CopyDone() if copier.loss is not None:
                 self._reply(route, Refused(reason_of(copier.loss)))

@@ -197,7 +197,7 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(
 
 
 def test_a_folder_that_is_not_there_is_named(endpoint: str) -> None:
-    with pytest.raises(LinkError, match=r"can't lock .*/absent/link\.lock: No such file"):
+    with pytest.raises(LinkError, match=r"the folder .*/absent does not exist: make it"):
         EndpointLock(endpoint.replace("/link", "/absent/link")).take()
 
 
@@ -211,3 +211,26 @@ def test_a_tcp_endpoint_is_locked_in_the_private_folder(
     with pytest.raises(EndpointTakenError, match=r"tcp://127\.0\.0\.1:5000"):
         EndpointLock("tcp://127.0.0.1:5000").take()
     lock.release()
+
+
+def test_what_a_killed_engine_left_in_the_private_folder_is_swept_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = private_folder()
+    for name in ("dead", "dead.lock", "fresh.lock", "living", "living.lock"):
+        (folder / name).write_text("1 elsewhere\n")
+    living = os.open(folder / "living.lock", os.O_RDWR)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    for name in ("dead.lock", "living.lock"):
+        os.utime(folder / name, (0, 0))
+    lock = EndpointLock(f"ipc://{folder}/mine")
+    lock.take()
+    assert {path.name for path in folder.iterdir()} == {
+        "fresh.lock",
+        "living",
+        "living.lock",
+        "mine.lock",
+    }
+    lock.release()
+    os.close(living)

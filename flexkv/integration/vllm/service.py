@@ -277,15 +277,15 @@ class EngineService:
                 while True:
                     self._is_complete = True
                     _log.info(
-                        "flexkv serves %d ranks at %s: %d host blocks of %d bytes",
-                        settings.num_ranks,
+                        "flexkv serves %s at %s: %d host blocks of %d bytes",
+                        "1 rank" if settings.num_ranks == 1 else f"{settings.num_ranks} ranks",
                         settings.endpoint,
                         engine.stats().tiers[Tier.HOST].num_slots,
                         layout.block_nbytes * layout.num_ranks,
                     )
                     losses = await server.lost()
                     self._is_complete = False
-                    _log.warning("the cache is off for now: %s", "; ".join(losses.values()))
+                    _log.info("no loads and stores for now: %s", "; ".join(losses.values()))
                     await _registered_again(server)
         except FlexKVError as error:
             _log.error("the cache is off: %s", error)
@@ -324,4 +324,9 @@ async def _until_orphaned() -> None:
     parent = multiprocessing.parent_process()
     while parent is None or parent.pid == os.getppid():  # noqa: ASYNC110  # nobody tells us
         await asyncio.sleep(_PARENT_S)
-    _log.error("process %s, which started this one, is gone: flexkv withdraws", parent.pid)
+    _log.error(
+        "process %s, which started this one, is gone: flexkv withdraws; end process %s and vLLM's "
+        "workers, which go on without it",
+        parent.pid,
+        os.getpid(),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -14,26 +14,66 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from flexkv.blocks import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from flexkv.engine.stats import EngineStats
 
-COUNTERS = {
-    "flexkv_requests": "Requests that looked up their prefix.",
-    "flexkv_requested_blocks": "Blocks that requests looked up.",
-    "flexkv_hit_blocks": "Blocks that were resident when a request looked them up.",
-    "flexkv_loaded_blocks": "Blocks copied to the GPU.",
-    "flexkv_load_failed_blocks": "Blocks whose copy to the GPU failed; they were computed again.",
-    "flexkv_loaded_bytes": "Bytes copied to the GPU.",
-    "flexkv_stored_blocks": "Blocks copied from the GPU.",
-    "flexkv_store_dropped_blocks": "Blocks that were to be stored and were not.",
-    "flexkv_stored_bytes": "Bytes copied from the GPU.",
-    "flexkv_evicted_blocks": "Blocks evicted from host memory.",
+
+class _Metric(NamedTuple):
+    kind: type[Counter | Gauge]
+    text: str
+    value_of: Callable[[EngineStats], int]
+
+
+METRICS = {
+    "flexkv_requests": _Metric(
+        Counter, "Requests that looked up their prefix.", lambda stats: stats.num_requests
+    ),
+    "flexkv_requested_blocks": _Metric(
+        Counter, "Blocks that requests looked up.", lambda stats: stats.num_requested
+    ),
+    "flexkv_hit_blocks": _Metric(
+        Counter,
+        "Blocks that flexkv had when a request looked them up, also where the GPU had them too.",
+        lambda stats: stats.num_hit,
+    ),
+    "flexkv_loaded_blocks": _Metric(
+        Counter, "Blocks copied to the GPU.", lambda stats: stats.num_loaded
+    ),
+    "flexkv_load_failed_blocks": _Metric(
+        Counter,
+        "Blocks whose copy to the GPU failed; they were computed again.",
+        lambda stats: stats.num_load_failed,
+    ),
+    "flexkv_loaded_bytes": _Metric(
+        Counter, "Bytes copied to the GPU.", lambda stats: stats.nbytes_loaded
+    ),
+    "flexkv_stored_blocks": _Metric(
+        Counter, "Blocks copied from the GPU.", lambda stats: stats.num_stored
+    ),
+    "flexkv_store_dropped_blocks": _Metric(
+        Counter,
+        "Blocks that were to be stored and were not.",
+        lambda stats: stats.num_store_dropped,
+    ),
+    "flexkv_stored_bytes": _Metric(
+        Counter, "Bytes copied from the GPU.", lambda stats: stats.nbytes_stored
+    ),
+    "flexkv_evicted_blocks": _Metric(
+        Counter,
+        "Blocks evicted from host memory.",
+        lambda stats: stats.tiers[Tier.HOST].num_evicted,
+    ),
+    "flexkv_host_blocks": _Metric(
+        Gauge, "Blocks resident in host memory.", lambda stats: stats.tiers[Tier.HOST].num_resident
+    ),
+    "flexkv_host_slots": _Metric(
+        Gauge,
+        "Blocks that host memory can hold; 0 while the cache is off.",
+        lambda stats: stats.tiers[Tier.HOST].num_slots,
+    ),
 }
-GAUGES = {
-    "flexkv_host_blocks": "Blocks resident in host memory.",
-    "flexkv_host_slots": "Blocks that host memory can hold.",
-}
+"""All that is counted: on ``/metrics`` as ``vllm:`` and the name."""
 
 
 @dataclass
@@ -47,7 +87,9 @@ class FlexKVStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is not there 
     def aggregate(self, other: KVConnectorStats) -> FlexKVStats:
         """What both say; ``other`` is the later one."""
         for name, value in other.data.items():
-            self.data[name] = value if name in GAUGES else self.data.get(name, 0) + value
+            self.data[name] = (
+                value if METRICS[name].kind is Gauge else self.data.get(name, 0) + value
+            )
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -67,11 +109,11 @@ class StatsTaker:
 
     def take(self, stats: EngineStats) -> FlexKVStats | None:
         """What happened since the last call; None if nothing did."""
-        totals = _totals(stats)
+        totals = {name: metric.value_of(stats) for name, metric in METRICS.items()}
         if totals == self._last:
             return None
         news = {
-            name: value if name in GAUGES else value - self._last.get(name, 0)
+            name: value if METRICS[name].kind is Gauge else value - self._last.get(name, 0)
             for name, value in totals.items()
         }
         self._last = totals
@@ -89,11 +131,11 @@ class FlexKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as abo
         per_engine_labelvalues: Mapping[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        kinds = ((COUNTERS, metric_types[Counter]), (GAUGES, metric_types[Gauge]))
         metrics = {
-            name: kind(name=f"vllm:{name}", documentation=text, labelnames=labelnames)
-            for names, kind in kinds
-            for name, text in names.items()
+            name: metric_types[metric.kind](
+                name=f"vllm:{name}", documentation=metric.text, labelnames=labelnames
+            )
+            for name, metric in METRICS.items()
         }
         self._series = {
             engine: {name: metric.labels(*values) for name, metric in metrics.items()}
@@ -104,25 +146,7 @@ class FlexKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as abo
         """Add what an engine says."""
         for name, value in transfer_stats_data.items():
             series = self._series[engine_idx][name]
-            if name in GAUGES:
+            if METRICS[name].kind is Gauge:
                 series.set(value)
             else:
                 series.inc(value)
-
-
-def _totals(stats: EngineStats) -> dict[str, int]:
-    host = stats.tiers[Tier.HOST]
-    return {
-        "flexkv_requests": stats.num_requests,
-        "flexkv_requested_blocks": stats.num_requested,
-        "flexkv_hit_blocks": stats.num_hit,
-        "flexkv_loaded_blocks": stats.num_loaded,
-        "flexkv_load_failed_blocks": stats.num_load_failed,
-        "flexkv_loaded_bytes": stats.nbytes_loaded,
-        "flexkv_stored_blocks": stats.num_stored,
-        "flexkv_store_dropped_blocks": stats.num_store_dropped,
-        "flexkv_stored_bytes": stats.nbytes_stored,
-        "flexkv_evicted_blocks": host.num_evicted,
-        "flexkv_host_blocks": host.num_resident,
-        "flexkv_host_slots": host.num_slots,
-    }
