@@ -71,6 +71,7 @@ class SsdStore:
         self._mover: Mover
         self._num_jobs = (0, 0)  # of one call to read or write
         self._num_reading = 0
+        self._is_closed = False
         self.num_lost = 0
         self.way = "closed"
         self._readers: ThreadPoolExecutor
@@ -147,7 +148,10 @@ class SsdStore:
         await _in_threads(self._keeper, [self._journal.finish_snapshot])
 
     async def close(self) -> None:
-        """Let go of the disks, once nothing moves any more."""
+        """Let go of the disks, once nothing moves any more; once more does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await _in_threads(self._keeper, [self._close])
         self._keeper.shutdown()
 
@@ -162,7 +166,6 @@ class SsdStore:
         self._readers = ThreadPoolExecutor(num_readers, "flexkv-ssd-read")
         self._writers = ThreadPoolExecutor(num_writers, "flexkv-ssd-write")
         about = {
-            "folders": [str(folder) for folder in settings.folders],
             "block_nbytes": pool.slot_nbytes,
             "num_ranks": pool.num_ranks,
             **(settings.about or {}),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import mmap
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from flexkv.tiers.ssd_journal import DiskCalls
 
@@ -79,7 +80,10 @@ class SlotFiles:
         try:
             for i, folder in enumerate(folders):
                 num_here = len(range(i, num_slots, len(folders)))
-                self._open(folder / "slots", num_here * slot_nbytes)
+                path = folder / f"slots-{i + 1}of{len(folders)}"
+                for other in set(folder.glob("slots-*")) - {path}:
+                    other.unlink()  # of other folders or another order: of no use any more
+                self._open(path, num_here * slot_nbytes)
         except BaseException:
             self.close()
             raise
@@ -89,10 +93,17 @@ class SlotFiles:
         number, which = divmod(slot, len(self.fds))
         return which, number * self.slot_nbytes
 
+    def named(self, error: OSError, which: int) -> OSError:
+        """``error`` with the name of the file that it came from."""
+        return OSError(error.errno, error.strerror, str(self._inodes[which][0]))
+
     def sync(self) -> None:
         """What was written is durable."""
-        for fd in self.fds:
-            self._calls.fdatasync(fd)
+        for which, fd in enumerate(self.fds):
+            try:
+                self._calls.fdatasync(fd)
+            except OSError as error:
+                raise self.named(error, which) from error
 
     def check(self) -> None:
         """The files are still where they were.
@@ -102,7 +113,7 @@ class SlotFiles:
         """
         for path, inode in self._inodes:
             if path.stat().st_ino != inode:
-                raise FileNotFoundError(f"{path} was replaced")
+                raise FileNotFoundError(errno.ENOENT, "replaced by another file", str(path))
 
     def close(self) -> None:
         """Let go of the files; once more does nothing."""
@@ -128,6 +139,27 @@ class SlotFiles:
         self.had_all &= not is_new
         self.fds.append(fd)
         self._inodes.append((path, os.fstat(fd).st_ino))
+
+
+def failing(folders: Sequence[Path], error: OSError) -> list[Path]:
+    """The folders that ``error`` names or that can't be written to; all where it is none."""
+    named = [f for f in folders if error.filename and Path(error.filename).is_relative_to(f)]
+    found = [folder for folder in folders if folder in named or not _is_usable(folder)]
+    return found or list(folders)
+
+
+def _is_usable(folder: Path) -> bool:
+    try:
+        fd = os.open(folder / "probe", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, bytes(_PROBE_NBYTES), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            (folder / "probe").unlink()
+    except OSError:
+        return False
+    return any(folder.glob("slots-*"))
 
 
 def _takes_direct_io(folder: Path) -> bool:

@@ -6,9 +6,10 @@ import struct
 import sys
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
+import msgspec
 import numpy as np
 
 from flexkv.blocks import BlockKey, Blocks
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from flexkv.blocks import ExtraKeys
+
 _FRAME = struct.Struct("<II")  # length of the record; crc32 over that length and the record
-_ADD = struct.Struct("<BBHIIII")
+_ADD = struct.Struct("<BBHIIIII")
 _DEL = struct.Struct("<BBHI")
 _KIND_ADD, _KIND_DEL, _KIND_CLEAR = 1, 2, 3
-_HAS_PARENT, _HAS_NAMESPACE, _HAS_LORA, _HAS_HASHES, _IS_RANKED = 1, 2, 4, 8, 16
+_HAS_PARENT, _HAS_NAMESPACE, _HAS_LORA, _HAS_HASHES, _IS_RANKED, _IS_OPAQUE = 1, 2, 4, 8, 16, 32
+_EXTRA = msgspec.msgpack.Encoder()
 
 
 class Kept(NamedTuple):
@@ -70,12 +74,14 @@ def added(
     parent, namespace, lora = blocks.parent, blocks.namespace, blocks.lora
     packed_namespace = (namespace or "").encode()
     packed_lora = (lora or "").encode()
+    packed_extra = _EXTRA.encode(blocks.extra_keys) if blocks.extra_keys else b""
     flags = (
         (_HAS_PARENT if parent is not None else 0)
         | (_HAS_NAMESPACE if namespace is not None else 0)
         | (_HAS_LORA if lora is not None else 0)
         | (_HAS_HASHES if hashes is not None else 0)
         | (_IS_RANKED if is_ranked else 0)
+        | (_IS_OPAQUE if len(blocks) and not blocks.num_plain else 0)
     )
     head = _ADD.pack(
         _KIND_ADD,
@@ -85,6 +91,7 @@ def added(
         blocks.tokens_per_block,
         len(packed_namespace),
         len(packed_lora),
+        len(packed_extra),
     )
     return b"".join(
         (
@@ -92,6 +99,7 @@ def added(
             parent or b"",
             packed_namespace,
             packed_lora,
+            packed_extra,
             blocks.packed_keys(),
             blocks.token_ids,
             _packed("i", slots),
@@ -189,7 +197,8 @@ class Replay:
             return record[at - num_bytes : at]
 
         parent = BlockKey(bytes(take(width))) if flags & _HAS_PARENT else None
-        namespace, lora = (str(take(length), "utf-8") for length in lengths)
+        namespace, lora = (str(take(length), "utf-8") for length in lengths[:2])
+        packed_extra = bytes(take(lengths[2]))
         keys = bytes(take(width * num_blocks))
         token_ids = take(4 * tokens_per_block * num_blocks)
         slots = np.frombuffer(take(4 * num_blocks), "<i4")
@@ -205,6 +214,8 @@ class Replay:
                 parent=parent,
                 namespace=namespace if flags & _HAS_NAMESPACE else None,
                 lora=lora if flags & _HAS_LORA else None,
+                extra_keys=_extra_keys(packed_extra, num_left),
+                is_opaque=bool(flags & _IS_OPAQUE),
             )
             if hashes is not None:
                 known = _unpacked("Q", bytes(hashes[: 8 * num_left]))
@@ -240,6 +251,18 @@ def _kept(addition: _Addition, num_left: int, age: int) -> Kept:
     slots = _unpacked("i", addition.slots[:num_left].tobytes())
     sums = _unpacked("Q", addition.sums[:num_left].tobytes())
     return Kept(addition.blocks(num_left), slots, sums, age)
+
+
+def _extra_keys(packed: bytes, num_left: int) -> tuple[ExtraKeys, ...] | None:
+    if not packed:
+        return None
+    extra: tuple[ExtraKeys, ...] = _as_tuple(msgspec.msgpack.decode(packed))
+    return extra[:num_left]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists are tuples: msgpack does not tell them apart."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _cut(packed: bytes, width: int, num_parts: int) -> list[bytes]:

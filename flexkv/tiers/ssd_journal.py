@@ -185,7 +185,10 @@ class Journal:
 
     def _write(self, fd: int, frames: memoryview) -> None:
         while len(frames):
-            num_written = self._calls.write(fd, frames)
+            try:
+                num_written = self._calls.write(fd, frames)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._folder)) from error
             frames = frames[num_written:]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from flexkv.tiers.host import HostPool
     from flexkv.tiers.ssd_files import SlotFiles
@@ -57,9 +57,8 @@ class Mover:
             OSError: the disk failed; all host slots are undefined.
         """
         lost: list[int] = []
-        for group, fd, offset in self._groups(move):
-            buffers = [part for i in group for part in self._parts(move.host_slots[i])]
-            num_read = self._calls.preadv(fd, buffers, offset)
+        for group, which, offset in self._groups(move):
+            num_read = self._call(self._calls.preadv, move, group, which, offset)
             num_whole = num_read // self._files.slot_nbytes
             lost += group[num_whole:]
             lost += [i for i in group[:num_whole] if not self._is_right(move, i)]
@@ -72,15 +71,28 @@ class Mover:
             OSError: the disk failed; all the disk's slots are undefined.
         """
         sums = self._sums(move)
-        for group, fd, offset in self._groups(move):
-            buffers = [part for i in group for part in self._parts(move.host_slots[i])]
-            num_written = self._calls.pwritev(fd, buffers, offset)
+        for group, which, offset in self._groups(move):
+            num_written = self._call(self._calls.pwritev, move, group, which, offset)
             _require_whole(num_written, len(group) * self._files.slot_nbytes)
         return sums
 
     def close(self) -> None:
         """Let go of the pool; nothing may be moving."""
         self._memory = None
+
+    def _call(
+        self,
+        call: Callable[[int, list[memoryview], int], int],
+        move: Move,
+        group: Sequence[int],
+        which: int,
+        offset: int,
+    ) -> int:
+        buffers = [part for i in group for part in self._parts(move.host_slots[i])]
+        try:
+            return call(self._files.fds[which], buffers, offset)
+        except OSError as error:
+            raise self._files.named(error, which) from error
 
     def _sums(self, move: Move) -> list[int]:
         if not self._has_sums:
@@ -106,7 +118,7 @@ class Mover:
         return [memory[base + start : base + start + stride] for base in self._bases]
 
     def _groups(self, move: Move) -> Iterator[tuple[list[int], int, int]]:
-        """Neighbours on the disk, with their file and the offset of the first."""
+        """Neighbours on the disk, with the number of their file and the offset of the first."""
         files, slot_nbytes = self._files, self._files.slot_nbytes
         most = min(_MAX_CALL_NBYTES // slot_nbytes, _MAX_BUFFERS // len(self._bases)) or 1
         group: list[int] = []
@@ -117,11 +129,11 @@ class Mover:
                 group.append(i)
             else:
                 if group:
-                    yield group, files.fds[first[0]], first[1]
+                    yield group, *first
                 group, first = [i], place
             expected = (place[0], place[1] + slot_nbytes)
         if group:
-            yield group, files.fds[first[0]], first[1]
+            yield group, *first
 
 
 class UringMover(Mover):
@@ -185,33 +197,35 @@ class UringMover(Mover):
             self._rings.append(ring)
         prepare = ring.prepare_write if is_write else ring.prepare_read
         todo = self._transfers(move)
-        num_running, failure = 0, 0
+        num_running = 0
+        failure: OSError | None = None
         try:
             while True:
                 room = 0 if failure else self._depth - num_running
-                for i, fd, part, offset in islice(todo, room):
-                    prepare(fd, part, offset, user_data=i)
+                for i, which, part, offset in islice(todo, room):
+                    prepare(self._files.fds[which], part, offset, user_data=(i, which))
                     num_running += 1
                 if not num_running:
                     break
                 for completion in ring.wait():
                     num_running -= 1
-                    if completion.res < 0:
-                        failure = failure or -completion.res
+                    (i, which), res = completion.user_data, completion.res
+                    if res < 0:
+                        failure = self._files.named(OSError(-res, os.strerror(-res)), which)
                     elif not failure:
-                        yield completion.user_data, completion.res
+                        yield i, res
         finally:  # the buffers are in use until the last has ended, whatever happened
             while num_running:
                 num_running -= len(ring.wait())
         if failure:
-            raise OSError(failure, os.strerror(failure))
+            raise failure
 
     def _transfers(self, move: Move) -> Iterator[tuple[int, int, memoryview, int]]:
         files = self._files
         for i in move.order:
             which, offset = files.place(move.slots[i])
             for part in self._parts(move.host_slots[i]):
-                yield i, files.fds[which], part, offset
+                yield i, which, part, offset
                 offset += self._stride
 
 

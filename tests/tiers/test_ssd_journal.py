@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flexkv.blocks import Blocks
 from flexkv.tiers.ssd_frames import (
     Kept,
     Replay,
@@ -124,6 +125,21 @@ def test_all_fields_of_a_run_come_back() -> None:
     assert run.blocks.token_ids == blocks.token_ids
     assert run.blocks.tokens_hashes(lambda _: pytest.fail("they are known")) == hashes
     assert list(run.slots) == [9, 8, 7, 6]
+
+
+def test_extra_keys_come_back_and_what_follows_them_stays_opaque() -> None:
+    plain = some_blocks(5, 4)
+    extra = (None, None, (("image", 3), b"embeds", "x"), None)
+    whole = Blocks(
+        plain.packed_keys(), bytes(plain.token_ids), tokens_per_block=2, extra_keys=extra
+    )
+    for start in range(4):
+        replay = Replay(NUM_SLOTS)
+        blocks = whole[start:]
+        replay.take(memoryview(added(blocks, range(len(blocks)), [0] * len(blocks))))
+        (run,) = replay.kept()
+        assert run.blocks.extra_keys == blocks.extra_keys
+        assert run.blocks.num_plain == blocks.num_plain == max(0, 2 - start)
 
 
 def test_a_slot_that_two_blocks_claim_is_the_later_ones() -> None:

@@ -67,7 +67,7 @@ async def test_rotten_and_missing_bytes_are_lost_one_by_one(
     async with store_on(tmp_path, uring_entries=uring_entries) as (store, pool, _):
         expected = [fill(pool, i, seed=i) for i in range(8)]
         sums = await store.write(range(8), range(8))
-        with (tmp_path / "slots").open("r+b") as file:
+        with (tmp_path / "slots-1of1").open("r+b") as file:
             file.seek(2 * 8192 + 4999)
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
@@ -83,7 +83,7 @@ async def test_padding_is_not_summed_up(tmp_path: Path) -> None:
     async with store_on(tmp_path) as (store, pool, _):
         fill(pool, 0, seed=0)
         sums = await store.write([0], [0])
-        with (tmp_path / "slots").open("r+b") as file:
+        with (tmp_path / "slots-1of1").open("r+b") as file:
             file.seek(5000)
             file.write(b"other padding")
         assert await store.read([0], [1], sums) == []
@@ -156,7 +156,7 @@ async def test_a_smaller_tier_keeps_what_fits_and_gives_the_rest_back(tmp_path: 
     async with store_on(tmp_path, num_slots=4) as (store, _, (run,)):
         assert len(run.blocks) == 4
         assert await store.read(run.slots, range(4), run.sums) == []
-        assert (tmp_path / "slots").stat().st_size == 4 * 8192
+        assert (tmp_path / "slots-1of1").stat().st_size == 4 * 8192
 
 
 @pytest.mark.parametrize("loss", ["a slot file", "nothing says which model"])
@@ -166,7 +166,7 @@ async def test_what_can_not_be_trusted_is_not_kept(tmp_path: Path, loss: str) ->
         sums = await store.write([0], [0])
         await store.record([added(some_blocks(0, 1), [0], sums)])
     if loss == "a slot file":
-        (folders[1] / "slots").unlink()
+        (folders[1] / "slots-2of2").unlink()
     async with store_on(*folders, has_identity=loss == "a slot file") as (_, _, kept):
         assert kept == []
     async with store_on(*folders) as (_, _, kept):
@@ -198,7 +198,7 @@ async def test_a_full_disk_is_not_left_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         async with store_on(tmp_path, calls=calls):
             pass
-    assert not (tmp_path / "slots").exists()
+    assert not (tmp_path / "slots-1of1").exists()
     async with store_on(tmp_path):
         pass
 

@@ -1,0 +1,120 @@
+"""The index of a tier that outlives its process: comes back as it was, recency included."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flexkv.engine.index import TierIndex
+from flexkv.engine.runs import Run, State
+from flexkv.engine.shared_index import SharedIndex
+from flexkv.tiers.ssd_frames import in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from flexkv.blocks import BlockKey, Blocks, Tier
+    from flexkv.events.types import Event
+    from flexkv.tiers.ssd_frames import Kept
+
+
+class DiskIndex(TierIndex):
+    """A ``TierIndex`` that can be filled from a journal."""
+
+    def restore(self, kept: Iterable[Kept]) -> None:
+        """Make ``kept`` resident, as far as their parents are. Once, before anything else."""
+        assert not self._num_used, "the index is in use"
+        ordered = list(in_order(kept))
+        parents = {run.blocks.parent for run in ordered}
+        ends: dict[BlockKey | None, Run] = {None: self._root}
+        ages: dict[Run, int] = {}
+        is_free = np.ones(self.num_slots, bool)
+        for blocks, slots, _, age in ordered:
+            run = ends[blocks.parent]
+            start = 0
+            for i, key in enumerate(blocks):
+                if key in parents or i == len(blocks) - 1:
+                    part = blocks if not start and i == len(blocks) - 1 else blocks[start : i + 1]
+                    run = Run(part.compact(), slots[start : i + 1], run, State.RESIDENT)
+                    assert run.parent is not None
+                    run.parent.children[run.blocks.key(0)] = run
+                    ends[key] = run
+                    ages[run] = age
+                    start = i + 1
+            is_free[slots] = False
+        self._free = array("i", np.flatnonzero(is_free).astype("i").tobytes())
+        self._num_used = self.num_resident = self.num_slots - len(self._free)
+        self._rank(ages)
+
+    def ranked(self) -> list[tuple[Blocks, array[int]]]:
+        """Everything resident and its slots, the most recently used first, parents first."""
+        runs = reversed(self._policy.ranked())
+        return [(run.blocks, run.slots) for run in runs if run.state is State.RESIDENT]
+
+    def drop_all(self) -> list[Event]:
+        """All bytes are lost."""
+        return [event for run in list(self._root.children.values()) for event in self._detach(run)]
+
+    def _rank(self, ages: dict[Run, int]) -> None:
+        """Touch all, the oldest first; a parent is at least as young as its children."""
+        runs = list(ages)  # parents first
+        runs.reverse()
+        for run in runs:
+            parent = run.parent
+            if parent in ages and parent is not None:
+                ages[parent] = min(ages[parent], ages[run])
+        for run in sorted(runs, key=lambda run: -ages[run]):
+            self._policy.touch(run)
+
+
+class SharedDiskIndex(SharedIndex):
+    """A ``DiskIndex`` for several threads."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        num_slots: int,
+        emit: Callable[[Sequence[Event]], None],
+        evict_ratio: float,
+    ) -> None:
+        self.num_slots = num_slots
+        self._disk = DiskIndex(tier, num_slots, evict_ratio=evict_ratio)
+        super().__init__(self._disk, emit)
+
+    def restore(self, kept: Iterable[Kept]) -> None:
+        """As ``DiskIndex.restore``; tells nobody."""
+        with self._lock:
+            self._disk.restore(kept)
+
+    def num_present(self, blocks: Blocks) -> int:
+        """How many blocks from the first are resident or on their way."""
+        with self._lock:
+            return self._disk.num_present(blocks)
+
+    def lose(self, blocks: Blocks) -> None:
+        """The bytes of the last of ``blocks`` are lost, and so is what follows it."""
+        with self._lock:
+            self._emit(self._disk.lose(blocks))
+
+    def drop_all(self) -> None:
+        """All bytes are lost."""
+        with self._lock:
+            self._emit(self._disk.drop_all())
+
+    def ranked(self) -> list[tuple[Blocks, array[int]]]:
+        """Everything resident and its slots, the most recently used first."""
+        with self._lock:
+            return self._disk.ranked()
+
+    def placed(self) -> Iterator[tuple[Blocks, array[int]]]:
+        """Everything resident and its slots, parents first; the index may change meanwhile."""
+        runs = self._disk.runs()
+        while True:
+            with self._lock:
+                run = next(runs, None)
+                placed = None if run is None else (run.blocks, run.slots[:])
+            if placed is None:
+                return
+            yield placed
