@@ -120,6 +120,7 @@ class Risings:
         self._nbytes_per_s = 0.0  # of one chunk, beside whatever else is read
         self._num_slow = 0
         self._running: set[asyncio.Task[None]] = set()
+        self.num_risen = 0  # blocks, ever
         self.num_lost = 0
 
     @property
@@ -237,7 +238,8 @@ class Risings:
             _log.warning("ssd: %d blocks have rotted and are lost", len(lost))
             if disk.index is index:
                 disk.lose(blocks.part(0, start + lost[0] + 1))
-            return lost[0]
+            num_blocks = lost[0]
+        self.num_risen += num_blocks
         return num_blocks
 
     def _measure(self, nbytes: int, seconds: float) -> None:
