@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from array import array
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from flexkv.tiers.ssd_frames import added, cleared, removed
 from flexkv.tiers.ssd_journal import DiskCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flexkv.blocks import Blocks, KVLayout
     from flexkv.config import CacheConfig
@@ -202,8 +204,9 @@ class Disk:
             sync=cache.ssd_sync,
         )
         self.store = store = SsdStore(settings, self._pool, self._calls)
-        kept = await store.open()
-        await asyncio.to_thread(self.index.restore, kept)
+        with _without_gc():
+            kept = await store.open()
+            await asyncio.to_thread(self.index.restore, kept)
         for run in kept:
             self.key_nbytes = run.blocks.key_nbytes
             for slot, checksum in zip(run.slots, run.sums, strict=True):
@@ -250,6 +253,18 @@ class Disk:
                 records = []
         await store.append_snapshot(records)
         await store.finish_snapshot()
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Many small objects that stay: looking through them again and again takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _record_of(

@@ -10,12 +10,11 @@ import numpy as np
 from flexkv.engine.index import TierIndex
 from flexkv.engine.runs import Run, State
 from flexkv.engine.shared_index import SharedIndex
-from flexkv.tiers.ssd_frames import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from flexkv.blocks import BlockKey, Blocks, Tier
+    from flexkv.blocks import Blocks, Tier
     from flexkv.events.types import Event
     from flexkv.tiers.ssd_frames import Kept
 
@@ -23,26 +22,26 @@ if TYPE_CHECKING:
 class DiskIndex(TierIndex):
     """A ``TierIndex`` that can be filled from a journal."""
 
-    def restore(self, kept: Iterable[Kept]) -> None:
-        """Make ``kept`` resident, as far as their parents are. Once, before anything else."""
+    def restore(self, kept: Sequence[Kept]) -> None:
+        """Make ``kept``, parents before children, resident. Once, before anything else."""
         assert not self._num_used, "the index is in use"
-        ordered = list(in_order(kept))
-        parents = {run.blocks.parent for run in ordered}
-        ends: dict[BlockKey | None, Run] = {None: self._root}
+        cuts = [{len(of.slots)} for of in kept]
+        for of in kept:
+            if of.parent >= 0:
+                cuts[of.parent].add(of.parent_at)
+        ends: dict[tuple[int, int], Run] = {(-1, 0): self._root}
         ages: dict[Run, int] = {}
         is_free = np.ones(self.num_slots, bool)
-        for blocks, slots, _, age in ordered:
-            run = ends[blocks.parent]
+        for number, (blocks, slots, _, age, parent, parent_at) in enumerate(kept):
+            above = ends[parent, parent_at]
             start = 0
-            for i, key in enumerate(blocks):
-                if key in parents or i == len(blocks) - 1:
-                    part = blocks if not start and i == len(blocks) - 1 else blocks[start : i + 1]
-                    run = Run(part.compact(), slots[start : i + 1], run, State.RESIDENT)
-                    assert run.parent is not None
-                    run.parent.children[run.blocks.key(0)] = run
-                    ends[key] = run
-                    ages[run] = age
-                    start = i + 1
+            for stop in sorted(cuts[number]):
+                part = blocks if stop - start == len(slots) else blocks.part(start, stop).compact()
+                run = Run(part, slots[start:stop], above, State.RESIDENT)
+                above.children[part.key(0)] = run
+                ends[number, stop] = above = run
+                ages[run] = age
+                start = stop
             is_free[slots] = False
         self._free = array("i", np.flatnonzero(is_free).astype("i").tobytes())
         self._num_used = self.num_resident = self.num_slots - len(self._free)
@@ -83,7 +82,7 @@ class SharedDiskIndex(SharedIndex):
         self._disk = DiskIndex(tier, num_slots, evict_ratio=evict_ratio)
         super().__init__(self._disk, emit)
 
-    def restore(self, kept: Iterable[Kept]) -> None:
+    def restore(self, kept: Sequence[Kept]) -> None:
         """As ``DiskIndex.restore``; tells nobody."""
         with self._lock:
             self._disk.restore(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, field
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
@@ -15,7 +15,7 @@ import numpy as np
 from flexkv.blocks import BlockKey, Blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -32,13 +32,16 @@ _EXTRA = msgspec.msgpack.Encoder()
 class Kept(NamedTuple):
     """Blocks on the disk: ``blocks[i]`` is in ``slots[i]`` and its bytes have ``sums[i]``.
 
-    ``age``: the higher, the longer ago it was used.
+    ``age``: the higher, the longer ago it was used. ``parent``: the number of the run that the
+    first block follows, -1 where it begins its chain; ``parent_at``: behind so many blocks of it.
     """
 
     blocks: Blocks
     slots: array[int]
     sums: array[int]
     age: int
+    parent: int
+    parent_at: int
 
 
 def framed(record: bytes) -> bytes:
@@ -124,31 +127,26 @@ def is_addition(record: bytes) -> bool:
     return record[0] == _KIND_ADD
 
 
-@dataclass(slots=True)
-class _Addition:
+class _Addition(NamedTuple):
     """An ADD record, cut up; ``base`` is the number of its first block among all that came."""
 
     base: int
     num_blocks: int
     is_ranked: bool
-    slots: NDArray[np.int32]
-    sums: NDArray[np.uint64]
-    blocks: Callable[[int], Blocks]
+    parent: bytes | None
+    record: memoryview
 
 
-@dataclass(slots=True)
 class Replay:
     """Takes the records of one journal, in order; ``kept`` is what they leave."""
 
-    num_slots: int
-    num_records: int = 0
-    _additions: list[_Addition] = field(default_factory=list)
-    _latest: dict[bytes, int] = field(default_factory=dict)
-    _num_blocks: int = 0
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._latest: dict[bytes, int] = {}  # which of all blocks that came is there, by key
+        self._clear()
 
     def take(self, record: memoryview) -> None:
         """The next record; one of an unknown kind says nothing."""
-        self.num_records += 1
         kind = record[0] if len(record) else 0
         if kind == _KIND_ADD:
             self._take_addition(record)
@@ -157,100 +155,131 @@ class Replay:
             for key in _cut(bytes(record[_DEL.size :]), width, num_blocks):
                 self._latest.pop(key, None)
         elif kind == _KIND_CLEAR:
-            self._latest.clear()
-            self._additions.clear()
-            self._num_blocks = 0
+            self._clear()
 
     def kept(self) -> list[Kept]:
-        """What is on the disk, in no order of parents: of each run what can still be reached."""
-        additions = self._additions
-        if not additions:
+        """What is on the disk and can be reached: parents before children."""
+        if not self._additions:
             return []
-        slots = np.concatenate([addition.slots for addition in additions])
+        slots = _unpacked("i", b"".join(self._slots))
+        sums = _unpacked("Q", b"".join(self._sums))
+        num_left = self._num_reachable(np.frombuffer(slots, np.int32))
+        bases = [addition.base for addition in self._additions]
+        children: dict[int, list[tuple[int, int]]] = {}
+        for i, addition in enumerate(self._additions):
+            if not num_left[i]:
+                continue
+            if addition.parent is None:
+                children.setdefault(-1, []).append((i, 0))
+            elif (number := self._latest.get(addition.parent)) is not None:
+                of = bisect_right(bases, number) - 1
+                if number - bases[of] < num_left[of]:
+                    children.setdefault(of, []).append((i, number - bases[of] + 1))
+        found: list[Kept] = []
+        last = len(bases)
+        ready = [(i, at, -1) for i, at in children.pop(-1, ())]
+        while ready:
+            i, parent_at, parent = ready.pop()
+            _, _, is_ranked, _, record = self._additions[i]
+            part = slice(bases[i], bases[i] + num_left[i])
+            age = last + i if is_ranked else last - i
+            ready += [(child, at, len(found)) for child, at in children.pop(i, ())]
+            found.append(
+                Kept(
+                    _blocks_of(record, num_left[i]), slots[part], sums[part], age, parent, parent_at
+                )
+            )
+        return found
+
+    def _clear(self) -> None:
+        self._latest.clear()
+        self._additions: list[_Addition] = []
+        self._slots: list[memoryview] = []
+        self._sums: list[memoryview] = []
+        self._num_blocks = 0
+
+    def _num_reachable(self, slots: NDArray[np.int32]) -> list[int]:
+        """Of each addition, how many of its leading blocks are still there."""
         alive = np.zeros(self._num_blocks, bool)
         alive[np.fromiter(self._latest.values(), np.int64, len(self._latest))] = True
-        alive &= (slots >= 0) & (slots < self.num_slots)
-        owner = np.full(self.num_slots, -1, np.int64)
+        alive &= (slots >= 0) & (slots < self._num_slots)
+        owner = np.full(self._num_slots, -1, np.int64)
         numbers = np.flatnonzero(alive)
         owner[slots[numbers]] = numbers  # where two claim a slot, the later one wrote it
         alive[numbers] = owner[slots[numbers]] == numbers
         num_dead: list[int] = np.concatenate(([0], np.cumsum(~alive))).tolist()
-        found: list[Kept] = []
-        last = len(additions)
-        for i, addition in enumerate(additions):
-            start, stop = addition.base, addition.base + addition.num_blocks
-            num_left = addition.num_blocks
-            if num_dead[stop] != num_dead[start]:
-                num_left = int(np.argmin(alive[start:stop]))
-            if num_left:
-                age = last + i if addition.is_ranked else last - i
-                found.append(_kept(addition, num_left, age))
-        return found
+        num_left: list[int] = []
+        for addition in self._additions:
+            start, num_blocks = addition.base, addition.num_blocks
+            if num_dead[start + num_blocks] != num_dead[start]:
+                num_blocks = int(np.argmin(alive[start : start + num_blocks]))
+            num_left.append(num_blocks)
+        return num_left
 
     def _take_addition(self, record: memoryview) -> None:
-        _, flags, width, num_blocks, tokens_per_block, *lengths = _ADD.unpack_from(record)
-        at = _ADD.size
-
-        def take(num_bytes: int) -> memoryview:
-            nonlocal at
-            at += num_bytes
-            return record[at - num_bytes : at]
-
-        parent = BlockKey(bytes(take(width))) if flags & _HAS_PARENT else None
-        namespace, lora = (str(take(length), "utf-8") for length in lengths[:2])
-        packed_extra = bytes(take(lengths[2]))
-        keys = bytes(take(width * num_blocks))
-        token_ids = take(4 * tokens_per_block * num_blocks)
-        slots = np.frombuffer(take(4 * num_blocks), "<i4")
-        sums = np.frombuffer(take(8 * num_blocks), "<u8")
-        hashes = take(8 * num_blocks) if flags & _HAS_HASHES else None
-
-        def blocks(num_left: int) -> Blocks:
-            made = Blocks(
-                keys[: width * num_left],
-                bytes(token_ids[: 4 * tokens_per_block * num_left]),
-                tokens_per_block=tokens_per_block,
-                key_nbytes=width,
-                parent=parent,
-                namespace=namespace if flags & _HAS_NAMESPACE else None,
-                lora=lora if flags & _HAS_LORA else None,
-                extra_keys=_extra_keys(packed_extra, num_left),
-                is_opaque=bool(flags & _IS_OPAQUE),
-            )
-            if hashes is not None:
-                known = _unpacked("Q", bytes(hashes[: 8 * num_left]))
-                made.tokens_hashes(lambda _: known)
-            return made
-
-        base = self._num_blocks
+        at = _Places(record)
+        base, num_blocks = self._num_blocks, at.num_blocks
         self._num_blocks += num_blocks
-        numbers = range(base, base + num_blocks)
-        self._latest.update(zip(_cut(keys, width, num_blocks), numbers, strict=True))
-        is_ranked = bool(flags & _IS_RANKED)
-        self._additions.append(_Addition(base, num_blocks, is_ranked, slots, sums, blocks))
+        self._slots.append(record[at.slots : at.sums])
+        self._sums.append(record[at.sums : at.hashes])
+        keys = _cut(bytes(record[at.keys : at.token_ids]), at.width, num_blocks)
+        self._latest.update(zip(keys, range(base, self._num_blocks), strict=True))
+        parent = bytes(record[_ADD.size : at.namespace]) if at.flags & _HAS_PARENT else None
+        is_ranked = bool(at.flags & _IS_RANKED)
+        self._additions.append(_Addition(base, num_blocks, is_ranked, parent, record))
 
 
-def in_order(kept: Iterable[Kept]) -> Iterator[Kept]:
-    """Parents before children. What has no parent, and what is there already, is left out."""
-    waiting: dict[BlockKey | None, list[Kept]] = {}
-    for run in kept:
-        waiting.setdefault(run.blocks.parent, []).append(run)
-    begun: set[BlockKey] = set()
-    ready = waiting.pop(None, [])
-    while ready:
-        run = ready.pop()
-        if run.blocks.key(0) in begun:
-            continue
-        begun.add(run.blocks.key(0))
-        yield run
-        for key in waiting.keys() & set(run.blocks) if waiting else ():
-            ready += waiting.pop(key)
+class _Places:
+    """Where the fields of an ADD record begin."""
+
+    __slots__ = (
+        "extra",
+        "flags",
+        "hashes",
+        "keys",
+        "lora",
+        "namespace",
+        "num_blocks",
+        "slots",
+        "sums",
+        "token_ids",
+        "tokens_per_block",
+        "width",
+    )
+
+    def __init__(self, record: memoryview) -> None:
+        head = _ADD.unpack_from(record)
+        _, self.flags, self.width, num_blocks, self.tokens_per_block, *lengths = head
+        self.num_blocks = num_blocks
+        self.namespace = _ADD.size + (self.width if self.flags & _HAS_PARENT else 0)
+        self.lora = self.namespace + lengths[0]
+        self.extra = self.lora + lengths[1]
+        self.keys = self.extra + lengths[2]
+        self.token_ids = self.keys + self.width * num_blocks
+        self.slots = self.token_ids + 4 * self.tokens_per_block * num_blocks
+        self.sums = self.slots + 4 * num_blocks
+        self.hashes = self.sums + 8 * num_blocks
 
 
-def _kept(addition: _Addition, num_left: int, age: int) -> Kept:
-    slots = _unpacked("i", addition.slots[:num_left].tobytes())
-    sums = _unpacked("Q", addition.sums[:num_left].tobytes())
-    return Kept(addition.blocks(num_left), slots, sums, age)
+def _blocks_of(record: memoryview, num_left: int) -> Blocks:
+    """The first blocks of an ADD record."""
+    at = _Places(record)
+    flags = at.flags
+    blocks = Blocks(
+        bytes(record[at.keys : at.keys + at.width * num_left]),
+        bytes(record[at.token_ids : at.token_ids + 4 * at.tokens_per_block * num_left]),
+        tokens_per_block=at.tokens_per_block,
+        key_nbytes=at.width,
+        parent=BlockKey(bytes(record[_ADD.size : at.namespace])) if flags & _HAS_PARENT else None,
+        namespace=str(record[at.namespace : at.lora], "utf-8") if flags & _HAS_NAMESPACE else None,
+        lora=str(record[at.lora : at.extra], "utf-8") if flags & _HAS_LORA else None,
+        extra_keys=_extra_keys(bytes(record[at.extra : at.keys]), num_left),
+        is_opaque=bool(flags & _IS_OPAQUE),
+    )
+    if flags & _HAS_HASHES:
+        known = _unpacked("Q", bytes(record[at.hashes : at.hashes + 8 * num_left]))
+        blocks.tokens_hashes(lambda _: known)
+    return blocks
 
 
 def _extra_keys(packed: bytes, num_left: int) -> tuple[ExtraKeys, ...] | None:
