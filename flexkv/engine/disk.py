@@ -22,7 +22,7 @@ from flexkv.tiers.ssd_frames import added, cleared, removed
 from flexkv.tiers.ssd_journal import DiskCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from flexkv.blocks import Blocks, KVLayout
     from flexkv.config import CacheConfig
@@ -128,7 +128,7 @@ class Disk:
         try:
             await store.record(records)
             if store.journal_nbytes > self._max_journal_nbytes():
-                await self._shorten_journal(store)
+                await self._renew_journal(store, self.index.placed())
         except OSError as error:
             self.fail(store, error)
 
@@ -170,12 +170,7 @@ class Disk:
             return
         if self.is_on and self._about is not None:
             try:
-                await self.store.start_snapshot()
-                for blocks, slots in self.index.ranked():
-                    sums = [self.sums[slot] for slot in slots]
-                    record = _record_of(blocks, slots, sums, is_ranked=True)
-                    await self.store.append_snapshot([record])
-                await self.store.finish_snapshot()
+                await self._renew_journal(self.store, self.index.ranked(), is_ranked=True)
             except OSError as error:
                 self.fail(self.store, error)
         self.is_on = False
@@ -242,12 +237,19 @@ class Disk:
         num_resident = self.index.stats().num_resident
         return max(_MIN_JOURNAL_NBYTES, 2 * self._entry_nbytes * num_resident)
 
-    async def _shorten_journal(self, store: SsdStore) -> None:
+    async def _renew_journal(
+        self,
+        store: SsdStore,
+        placed: Iterable[tuple[Blocks, array[int]]],
+        *,
+        is_ranked: bool = False,
+    ) -> None:
         """Write what is resident into a new journal. What changes meanwhile is recorded later."""
         await store.start_snapshot()
         records: list[bytes] = []
-        for blocks, slots in self.index.placed():
-            records.append(_record_of(blocks, slots, [self.sums[slot] for slot in slots]))
+        for blocks, slots in placed:
+            sums = [self.sums[slot] for slot in slots]
+            records.append(_record_of(blocks, slots, sums, is_ranked=is_ranked))
             if len(records) == _NUM_RECORDS_AT_ONCE:
                 await store.append_snapshot(records)
                 records = []

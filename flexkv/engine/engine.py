@@ -307,6 +307,10 @@ class Engine:
         await self._below.prefetch(blocks)
         return self._host.match(blocks).num_blocks
 
+    async def flush(self) -> None:
+        """Wait until what was stored so far is on SSD as well, or was dropped."""
+        await self._below.flush()
+
     def residency(self, tier: Tier) -> set[BlockKey]:
         """The keys of all blocks that can be read from ``tier`` now.
 
@@ -327,7 +331,7 @@ class Engine:
     async def clear(self) -> None:
         """Forget every block, those on their way included."""
         self.forget()
-        await self._below.forgotten()
+        await self._below.flush()
 
     def forget(self) -> None:
         """As ``clear``, at once; to be called on the engine's loop."""

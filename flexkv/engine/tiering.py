@@ -162,8 +162,8 @@ class Tiering:
             self._writer.clear()
             self._disk.clear()
 
-    async def forgotten(self) -> None:
-        """What ``forget`` forgot does not come back after a crash either."""
+    async def flush(self) -> None:
+        """What was offered or forgotten so far has been written, or waits for too long."""
         if self._writer is not None:
             await self._writer.settled(self._config.transfers.deadline_s)
 

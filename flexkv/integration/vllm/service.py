@@ -265,7 +265,9 @@ class EngineService:
                 num_ranks=settings.num_ranks,
             )
             async with contextlib.AsyncExitStack() as exits:
-                engine = Engine(settings.config, layout, sinks=self._sinks)
+                engine = Engine(
+                    settings.config, layout, sinks=self._sinks, identity=settings.identity
+                )
                 await exits.enter_async_context(engine)
                 for rank, copier in server.copiers.items():
                     engine.attach_copier(copier, rank)
