@@ -45,7 +45,7 @@ def fio(folder: Path, way: str, block_nbytes: int, file_nbytes: int, engine: str
     done = subprocess.run(
         [
             "fio", "--name=x", f"--filename={folder / 'slots-1of1'}", f"--rw=rand{way}",
-            f"--bs={block_nbytes}", "--direct=1", "--time_based", f"--runtime={SLICE_S}",
+            f"--bs={block_nbytes}", "--direct=1", "--time_based", f"--runtime={int(1000 * SLICE_S)}ms",
             f"--size={file_nbytes}", "--group_reporting", "--output-format=json", "--thread",
             "--randrepeat=0", "--allow_file_create=0", f"--ioengine={engine}", *depth,
         ],

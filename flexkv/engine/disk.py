@@ -88,6 +88,7 @@ class Disk:
         self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
         self._records: list[bytes] = []
         self._failure: OSError | None = None
+        self._renewed_nbytes = 0
         self._pool: HostPool
         self.store: SsdStore
         self.is_on = False
@@ -235,7 +236,8 @@ class Disk:
 
     def _max_journal_nbytes(self) -> int:
         num_resident = self.index.stats().num_resident
-        return max(_MIN_JOURNAL_NBYTES, 2 * self._entry_nbytes * num_resident)
+        live_nbytes = max(self._entry_nbytes * num_resident, self._renewed_nbytes)
+        return max(_MIN_JOURNAL_NBYTES, 2 * live_nbytes)
 
     async def _renew_journal(
         self,
@@ -255,6 +257,7 @@ class Disk:
                 records = []
         await store.append_snapshot(records)
         await store.finish_snapshot()
+        self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
 
 
 @contextmanager
