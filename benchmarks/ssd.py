@@ -42,10 +42,11 @@ TARGETS |= {("write", "threads"): 0.85, ("write", "io_uring"): 0.90}
 def fio(folder: Path, way: str, block_nbytes: int, file_nbytes: int, engine: str) -> float:
     """Bytes per second of fio on the slots' own file."""
     depth = ["--numjobs=8"] if engine == "psync" else ["--iodepth=32"]
+    runtime = f"{int(1000 * SLICE_S)}ms"
     done = subprocess.run(
         [
             "fio", "--name=x", f"--filename={folder / 'slots-1of1'}", f"--rw=rand{way}",
-            f"--bs={block_nbytes}", "--direct=1", "--time_based", f"--runtime={int(1000 * SLICE_S)}ms",
+            f"--bs={block_nbytes}", "--direct=1", "--time_based", f"--runtime={runtime}",
             f"--size={file_nbytes}", "--group_reporting", "--output-format=json", "--thread",
             "--randrepeat=0", "--allow_file_create=0", f"--ioengine={engine}", *depth,
         ],

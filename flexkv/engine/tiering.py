@@ -180,12 +180,13 @@ class Tiering:
         return {} if self._disk is None else {Tier.SSD: self._disk.index.stats()}
 
     async def settle(self, timeout_s: float) -> int:
-        """Let reads and writes end; how many reads still run."""
+        """Let reads and writes end; how many still run."""
         if self._risings is None or self._writer is None:
             return 0
         num_running = await self._risings.settle(timeout_s)
         if not await self._writer.settled(timeout_s):
             self._writer.drop()
+            num_running += not await self._writer.settled(timeout_s)
         return num_running
 
     async def close(self) -> None:

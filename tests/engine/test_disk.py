@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ async def bench(
     num_host_slots: int = 4,
     chunk_blocks: int = 2,
     calls: DiskCalls | None = None,
+    close_timeout_s: float = 10.0,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     ssd = {
@@ -77,7 +79,12 @@ async def bench(
         **settings,
     }
     async with slow_engine(
-        num_host_slots, seconds=0, chunk_blocks=chunk_blocks, ssd=ssd, calls=calls
+        num_host_slots,
+        seconds=0,
+        chunk_blocks=chunk_blocks,
+        close_timeout_s=close_timeout_s,
+        ssd=ssd,
+        calls=calls,
     ) as made:
         yield Bench(*made)
 
@@ -280,6 +287,28 @@ async def test_a_full_disk_at_the_start_is_said_and_the_engine_goes_on(
         await b.store(A)
         assert (await b.load(A)).num_blocks == 4
     assert not (tmp_path / "ssd" / "slots-1of1").exists()
+
+
+async def test_a_disk_that_hangs_does_not_hold_up_loads_nor_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+
+    def hanging(fd: int, buffers: list[memoryview], offset: int) -> int:
+        go_on.wait(60)
+        return os.pwritev(fd, buffers, offset)
+
+    calls = replace(DiskCalls(), pwritev=hanging)
+    async with bench(tmp_path / "ssd", calls=calls, close_timeout_s=0.05) as b:
+        b.copier.compute(A, range(4))
+        await b.engine.store(A, range(4))
+        assert (await b.load(A)).num_blocks == 4
+        writing = b.engine._below._writing
+    assert "1 copies did not end" in caplog.text
+    go_on.set()
+    b.engine._below._writer.close()
+    await writing
+    await b.engine._below._disk.close()
 
 
 async def test_a_second_engine_on_the_folder_is_refused(tmp_path: Path) -> None:
