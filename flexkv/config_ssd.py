@@ -23,7 +23,7 @@ class SsdFields(Settings):
     )
     ssd_write_queue_bytes: int = setting(
         "bytes that may wait for the SSD, in host slots that can't be evicted; what is more is "
-        "not written (at most half of the host tier)",
+        "not written (at most a quarter of the host tier)",
         default=2**28,
         ge=1,
         le=_MAX_NBYTES,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flexkv.events.types import BlockStored, Event
     from flexkv.tiers.host import HostPool
 
-_HOST_SHARE = 2  # of the host tier, half may wait for the SSD
+_HOST_SHARE = 4  # of the host tier, a quarter may wait for the SSD: the rest takes stores
 
 
 class Pin:
