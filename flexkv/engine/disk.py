@@ -147,9 +147,7 @@ class Disk:
             return
         self.is_on = False
         self._failure = error
-        _log.error(
-            "ssd: %d blocks are lost, a disk failed: %s", self.index.stats().num_resident, error
-        )
+        _log.error("ssd: %d blocks are lost, a disk failed: %s", self.index.num_resident, error)
         self.index.drop_all()
         self._records.clear()
         self.changed.set()
@@ -213,7 +211,7 @@ class Disk:
             self.index.num_slots,
             ", ".join(map(str, self._folders)),
             store.way,
-            self.index.stats().num_resident,
+            self.index.num_resident,
         )
 
     async def _start_over(self) -> None:
@@ -235,7 +233,7 @@ class Disk:
             _log.error("ssd: off, %s", error)  # it says all
 
     def _max_journal_nbytes(self) -> int:
-        num_resident = self.index.stats().num_resident
+        num_resident = self.index.num_resident
         live_nbytes = max(self._entry_nbytes * num_resident, self._renewed_nbytes)
         return max(_MIN_JOURNAL_NBYTES, 2 * live_nbytes)
 

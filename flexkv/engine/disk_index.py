@@ -82,6 +82,11 @@ class SharedDiskIndex(SharedIndex):
         self._disk = DiskIndex(tier, num_slots, evict_ratio=evict_ratio)
         super().__init__(self._disk, emit)
 
+    @property
+    def num_resident(self) -> int:
+        """How many blocks can be read."""
+        return self._disk.num_resident
+
     def restore(self, kept: Sequence[Kept]) -> None:
         """As ``DiskIndex.restore``; tells nobody."""
         with self._lock:

@@ -115,7 +115,7 @@ class Engine:
             self._transfers = Transfers(settings, layout.block_nbytes, tasks)
             self._stores = Stores(self._host, self._transfers, settings.deadline_s)
             if self._pool is not None:
-                await self._below.open(self._pool, self._stores, tasks)
+                await self._below.open(self._pool, self._stores, tasks, self._events)
                 exits.push_async_callback(self._below.close)
             for sink in self._sinks if self._config.enable_flexkv else ():
                 await sink.start(self._events, tasks)
@@ -245,9 +245,8 @@ class Engine:
             self._transfers, blocks, block_ids, first, marks
         )
         num_blocks = sum(by_tier.values())
-        nbytes = num_blocks * self._block_nbytes
         self._counts["loaded"] += num_blocks
-        self._counts["nbytes_loaded"] += nbytes
+        self._counts["nbytes_loaded"] += num_blocks * self._block_nbytes
         self._counts["load_failed"] += num_expected - num_blocks
         return Loaded(
             num_blocks,
@@ -342,9 +341,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        host, counts = self._host.stats(self._events.digests()[Tier.HOST]), self._counts
+        digests, counts = self._events.digests(), self._counts
+        host = self._host.stats(digests[Tier.HOST])
         return EngineStats(
-            tiers={Tier.HOST: host, **self._below.stats()},
+            tiers={Tier.HOST: host, **self._below.stats(digests[Tier.SSD])},
             num_requests=counts["requests"],
             num_requested=counts["requested"],
             num_hit=counts["hit"],

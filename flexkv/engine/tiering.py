@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flexkv.engine.stores import Stores
     from flexkv.engine.transfers import Transfers
     from flexkv.engine.write_through import WriteThrough
+    from flexkv.events.log import EventLog
     from flexkv.events.types import BlockStored, Event
     from flexkv.tiers.host import HostPool
 
@@ -76,7 +77,9 @@ class Tiering:
             return {}
         return {"rise": self._risings.nbytes_in_flight, "sink": self._writer.nbytes}
 
-    async def open(self, pool: HostPool, stores: Stores, tasks: asyncio.TaskGroup) -> None:
+    async def open(
+        self, pool: HostPool, stores: Stores, tasks: asyncio.TaskGroup, events: EventLog
+    ) -> None:
         """Bring back what was kept; then write what is offered, in a task of ``tasks``.
 
         Raises:
@@ -89,6 +92,7 @@ class Tiering:
         from flexkv.engine.write_through import WriteThrough  # noqa: PLC0415  # as above
 
         await disk.open(pool)
+        events.begin_with(self.walk())
         host_nbytes = pool.num_slots * self._block_nbytes
         self._writer = WriteThrough(
             disk,
@@ -175,9 +179,9 @@ class Tiering:
         """The keys of everything resident in ``tier``."""
         return self._disk.index.residency() if self._disk and tier == Tier.SSD else set()
 
-    def stats(self) -> dict[Tier, TierStats]:
-        """The numbers of each tier."""
-        return {} if self._disk is None else {Tier.SSD: self._disk.index.stats()}
+    def stats(self, digest: object) -> dict[Tier, TierStats]:
+        """The SSD tier's numbers; ``digest`` is that of what is resident there."""
+        return {} if self._disk is None else {Tier.SSD: self._disk.index.stats(digest)}
 
     async def settle(self, timeout_s: float) -> int:
         """Let reads and writes end; how many still run."""

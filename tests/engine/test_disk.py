@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flexkv import BlockRemoved, BlockStored, ConfigError, Tier
+from flexkv.events.digest import digest_of
+from flexkv.events.types import num_named
 from flexkv.tiers.ssd_journal import DiskCalls
 from tests.engine.chains import chain
 from tests.engine.fakes import slow_engine
@@ -161,7 +163,10 @@ async def test_an_engine_that_restarts_serves_from_ssd_without_telling_it_as_new
         await b.store(B)
         await b.store(C)
     async with bench(tmp_path / "ssd") as b:
-        assert b.engine.stats().last_event_id == 0
+        assert all(num_named(entry.event) == 0 for entry in b.engine._events.since(0))
+        assert b.engine._events.last_hole_id == 1, "who asks for the first event gets a dump"
+        digest = digest_of(key for blocks in (A, B[2:], C) for key in blocks.router_hashes())
+        assert b.engine.stats().tiers[Tier.SSD].digest == str(digest)
         assert b.engine.residency(Tier.SSD) == {*A, *B, *C}
         told = {key for event in b.engine._walk() for key in event.blocks}
         assert told == {*A, *B, *C}
