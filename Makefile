@@ -14,8 +14,8 @@ REPLAY_ARGS ?= --workers 2 --requests 2000 --json
 BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/vllm_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
-PARTS := index feed install vllm trace
-PART  ?= index feed install$(if $(TRACE), trace)
+PARTS := index feed install ssd vllm trace
+PART  ?= index feed install ssd$(if $(TRACE), trace)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -65,6 +65,10 @@ nightly-feed: $(VENV)/.dev ## 2,000 seeds of the feed through a lossy proxy, 200
 nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages (4 GB of disk for a while)
 	tests/install/check_install.sh vllm $(PYTHON)
 	tests/install/check_install.sh dynamo $(PYTHON)
+
+nightly-ssd: $(VENV)/.dev ## 200 times kill -9, 300 seeds of failing disks; hits on TRACE=file.jsonl if given
+	FLEXKV_HYPOTHESIS=nightly TRACE=$(TRACE) $(BIN)/pytest --timeout=0 tests/engine/test_disk_crashes.py \
+	  tests/engine/test_disk_simulation.py tests/replay/test_disk_hits.py $(PYTEST_ARGS)
 
 nightly-vllm: $(E2E)/.made $(E2E_031)/.made ## vLLM's schedulers, 0.33's too, for long (0.5 GB to fetch)
 	tests/e2e/unpack_033.sh $(E2E) .venv-e2e-033

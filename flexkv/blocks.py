@@ -88,7 +88,8 @@ class Blocks:
     thousands. ``token_ids`` are packed little-endian uint32, ``tokens_per_block`` for each block;
     ``keys`` are packed as well, ``key_nbytes`` each (at least 8). ``parent`` is the key of the
     block before the first one, None where the first block begins the chain. ``extra_keys``: for
-    each block what else tells it from others with the same tokens, None for nothing.
+    each block what else tells it from others with the same tokens, None for nothing;
+    ``is_opaque``: a block before these has some.
 
     Raises:
         LayoutError: the arrays do not have the same number of blocks.
@@ -107,6 +108,7 @@ class Blocks:
         namespace: str | None = None,
         lora: str | None = None,
         extra_keys: tuple[ExtraKeys, ...] | None = None,
+        is_opaque: bool = False,
     ) -> None:
         if key_nbytes < _MIN_KEY_NBYTES or tokens_per_block < 1:
             raise LayoutError(
@@ -122,6 +124,8 @@ class Blocks:
         if extra_keys is not None and len(extra_keys) != num_blocks:
             raise LayoutError(f"{len(extra_keys)} extra keys do not go with {num_blocks} blocks")
         opaque_from = next((i for i, extra in enumerate(extra_keys or ()) if extra), None)
+        if is_opaque:
+            opaque_from = 0
         self._chain = _Chain(
             keys,
             key_nbytes,

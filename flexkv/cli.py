@@ -35,6 +35,9 @@ _Capacity = Annotated[
     int | None,
     typer.Option(min=1, help="Host blocks per worker. [default: few enough to evict most blocks]"),
 ]
+_SsdBlocks = Annotated[
+    int, typer.Option("--ssd-blocks", min=0, help="SSD blocks per worker. [default: no SSD tier]")
+]
 _Speed = Annotated[
     float | None,
     typer.Option(min=1e-6, help="Send requests this many times as fast as they came."),
@@ -80,6 +83,7 @@ def replay(
     *,
     workers: _Workers = 2,
     capacity: _Capacity = None,
+    ssd_blocks: _SsdBlocks = 0,
     speed: _Speed = None,
     as_fast_as_possible: _Fast = False,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
@@ -102,6 +106,7 @@ def replay(
     settings = Settings(
         num_workers=workers,
         capacity=capacity,
+        num_ssd_blocks=ssd_blocks,
         block_nbytes=block_bytes,
         evict_ratio=evict_ratio,
         seed=seed,

@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from flexkv.config_checks import InvalidError, Problem, Settings, listed, setting, shown
 from flexkv.config_events import EventsConfig as EventsConfig  # noqa: PLC0414  # known from here
 from flexkv.config_sources import PATH_VARIABLE, Draft, path_of, read_mapping
+from flexkv.config_ssd import SsdFields
 from flexkv.config_values import ENDPOINTS, Text, is_endpoint, require, split_at
 from flexkv.errors import ConfigError
 
@@ -24,13 +25,13 @@ _MAX_NBYTES = 2**50
 _MAX_S = 86400
 
 
-class CacheConfig(Settings):
+class CacheConfig(SsdFields):
     """How much each tier holds, and when it makes room."""
 
     enable_cpu: Annotated[bool, require(bool)] = setting(
         "the host tier", default=True, allowed="true: every other tier needs the host tier"
     )
-    enable_ssd: bool = setting("the SSD tier", default=False, later=(True,))
+    enable_ssd: bool = setting("the SSD tier", default=False)
     enable_remote: bool = setting("the remote tier", default=False, later=(True,))
     use_gds: bool = setting("copies between SSD and GPU directly", default=False, later=(True,))
     enable_trace: bool = setting("a trace of all requests", default=False, later=(True,))
@@ -63,7 +64,10 @@ class CacheConfig(Settings):
         allowed='a text (";" between several), or a list of texts',
     )
     ssd_cache_iouring_entries: int = setting(
-        "length of the io_uring queue", default=512, ge=1, le=32768
+        "requests in flight through io_uring, 32 at most in each queue; 0: threads instead",
+        default=512,
+        ge=0,
+        le=32768,
     )
     evict_ratio: float = setting(
         "the share of a tier freed at least, when there is no room", default=0.05, ge=0, lt=1
@@ -75,11 +79,16 @@ class CacheConfig(Settings):
             "host": ("num_cpu_blocks", "cpu_cache_bytes"),
             "SSD": ("num_ssd_blocks", "ssd_cache_bytes"),
         }
-        return [
+        problems = [
             Problem(pair, f"both set the size of the {tier} tier: give one of them")
             for tier, pair in pairs.items()
             if None not in (getattr(self, field) for field in pair)
         ]
+        if self.enable_ssd and not self.ssd_cache_dir:
+            problems.append(Problem(("ssd_cache_dir",), "is empty: give the SSD tier a folder"))
+        if self.enable_ssd and self.num_ssd_blocks is None and self.ssd_cache_bytes is None:
+            problems.append(Problem(pairs["SSD"], "are not given: give the SSD tier a size"))
+        return problems
 
     def num_host_slots(self, block_nbytes: int) -> int:
         """Slots of the host tier, for blocks of ``block_nbytes`` (all ranks together).

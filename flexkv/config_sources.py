@@ -228,12 +228,10 @@ class Draft:
                 f"{name} is {shown(value)}: it must be a number of GB (2**30 bytes), "
                 f"{least}, at most {_MAX_GB}"
             )
-        elif key == "ssd_cache_gb" and value > 0:
-            self.problems.append(
-                f"{name} is {shown(value)}: an SSD tier is not in this version; set it to 0"
-            )
-        elif key == "cpu_cache_gb":
+        elif key == "cpu_cache_gb" or value:
             self._put(section, field, math.floor(value * GB), name)
+            if key == "ssd_cache_gb":
+                self.given[section].setdefault("enable_ssd", Given(value=True, name=name))
 
     def _put(self, section: str, field: str, value: object, name: str) -> None:
         before = self.given[section].get(field)

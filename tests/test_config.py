@@ -96,7 +96,7 @@ def test_each_key_of_the_nested_form_is_read_not_just_its_default() -> None:
 def test_the_flat_form_and_its_variables_say_the_same() -> None:
     flat = {
         "cpu_cache_gb": 0.5,
-        "ssd_cache_gb": 0,
+        "ssd_cache_gb": 2,
         "ssd_cache_dir": "/a;/b",
         "enable_gds": False,
         "enable_trace": False,
@@ -111,6 +111,8 @@ def test_the_flat_form_and_its_variables_say_the_same() -> None:
     config = Config.from_mapping(flat)
     assert config.cache.cpu_cache_bytes == 2**29
     assert config.cache.num_host_slots(2**20) == 512
+    assert config.cache.enable_ssd
+    assert config.cache.ssd_cache_bytes == 2**31
     assert config.cache.ssd_cache_dir == ("/a", "/b")
     assert config.cache.ssd_cache_iouring_entries == 64
     assert config.tokens_per_block == 16
@@ -118,6 +120,7 @@ def test_the_flat_form_and_its_variables_say_the_same() -> None:
     assert config.server_recv_port == "ipc:///tmp/x"
     assert config.num_log_interval_requests == 5
     assert not config.enable_flexkv
+    assert not Config.from_mapping(flat | {"ssd_cache_gb": 0}).cache.enable_ssd
     assert set(flat) == set(FLAT_KEYS), "a new flat key belongs into this test"
     env = {variable: str(flat[key]) for variable, key in VARIABLES.items()}
     assert Config.load(None, env) == config

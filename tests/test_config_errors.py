@@ -34,7 +34,7 @@ from tests.config_forms import errors_of, load_text
         ("FLEXKV_TOKENS_PER_BLOCK", "6.4", "a whole number, 1 to 65536"),
         ("FLEXKV_ENABLE_GDS", "maybe", "false"),
         ("FLEXKV_ENABLE_GDS", "1", "not in this version"),
-        ("FLEXKV_SSD_CACHE_GB", "64", "not in this version"),
+        ("FLEXKV_SSD_CACHE_GB", "x", "a number of GB"),
         ("ENABLE_FLEXKV", "2", "true or false"),
     ],
 )
@@ -71,10 +71,8 @@ def test_a_bad_variable_is_named_with_its_value_and_range(
         ("cpu_cache_gb", True, "is true: it must be a number of GB"),
         ("cpu_cache_gb", "16", 'is "16": it must be a number of GB'),
         ("ssd_cache_gb", -1, "is -1: it must be a number of GB (2**30 bytes), at least 0"),
-        ("ssd_cache_gb", 64, "is 64: an SSD tier is not in this version; set it to 0"),
         ("enable_cpu", False, "is false: it must be true: every other tier needs the host tier"),
         ("enable_cpu", 1, "is 1: it must be true: every other tier needs the host tier"),
-        ("enable_ssd", True, "is true: not in this version; it must be false"),
         ("enable_remote", True, "is true: not in this version; it must be false"),
         ("use_gds", True, "is true: not in this version; it must be false"),
         ("enable_trace", True, "is true: not in this version; it must be false"),
@@ -143,7 +141,7 @@ def test_all_problems_are_listed_in_one_error(tmp_path: Path) -> None:
         load_text(
             tmp_path,
             "a.json",
-            '{"evict_ratio": 2, "cache_config": {"num_cpu_blocks": 0, "enable_ssd": true}, "x": 1,'
+            '{"evict_ratio": 2, "cache_config": {"num_cpu_blocks": 0, "use_gds": true}, "x": 1,'
             ' "events": {"outbox": -1}, "server_recv_port": 5}',
         )
     head, *problems = str(caught.value).splitlines()
@@ -152,7 +150,7 @@ def test_all_problems_are_listed_in_one_error(tmp_path: Path) -> None:
     assert keys == {
         "evict_ratio",
         "cache_config.num_cpu_blocks",
-        "cache_config.enable_ssd",
+        "cache_config.use_gds",
         "x",
         "events.outbox",
         "server_recv_port",
@@ -218,10 +216,14 @@ def test_python_arguments_are_checked_alike() -> None:
         TransfersConfig(deadlin_s=1)  # type: ignore[call-arg]  # that is the point
     with pytest.raises(ConfigError, match="cache is 5: it must be an instance of CacheConfig"):
         Config(cache=5)  # type: ignore[arg-type]  # that is the point
-    with pytest.raises(ConfigError, match=r"^cache\.enable_ssd is true: not in this version"):
-        Config(cache={"enable_ssd": True})  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(ConfigError, match=r"^cache\.use_gds is true: not in this version"):
+        Config(cache={"use_gds": True})  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ConfigError, match="num_cpu_blocks and cpu_cache_bytes both set the size"):
         CacheConfig(num_cpu_blocks=1, cpu_cache_bytes=1)
+    with pytest.raises(ConfigError, match="ssd_cache_dir is empty: give the SSD tier a folder"):
+        CacheConfig(enable_ssd=True, num_ssd_blocks=1)
+    with pytest.raises(ConfigError, match="are not given: give the SSD tier a size"):
+        CacheConfig(enable_ssd=True, ssd_cache_dir=("/a",))
     with pytest.raises(ConfigError, match="it needs a worker_id"):
         EventsConfig(sink="nats")
 

@@ -16,8 +16,10 @@ from flexkv.engine.results import Loaded, Match, Stored
 from flexkv.engine.shared_index import SharedIndex
 from flexkv.engine.stats import EngineStats
 from flexkv.engine.stores import Stores
+from flexkv.engine.tiering import Tiering
 from flexkv.engine.transfers import Transfers
-from flexkv.errors import ConfigError, EngineClosedError, InputError, LayoutError
+from flexkv.errors import EngineClosedError, InputError, LayoutError
+from flexkv.events.configured import sinks_of
 from flexkv.events.log import EventLog
 from flexkv.tiers.gpu import make_copier
 from flexkv.tiers.host import HostPool, slot_stride
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 
     from flexkv.blocks import BlockKey, Blocks, KVLayout
     from flexkv.config import Config
-    from flexkv.engine.runs import Lease
+    from flexkv.engine.tiering import Pin
     from flexkv.events.sinks import EventSink
-    from flexkv.events.types import Event
+    from flexkv.events.types import BlockStored, Event
     from flexkv.tiers.base import PagedCopier
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,9 @@ class Engine:
 
     Use it as an asynchronous context manager, once, from one event loop. ``sinks`` carry its
     events; None takes the one that ``config.events`` asks for. Every chain of blocks that is
-    handed in begins with its first block.
+    handed in begins with its first block. ``identity`` says what bytes and keys of blocks depend on
+    (model, weights, data type, hash) in values that JSON has: where it is the same after a restart,
+    the SSD tier's blocks are kept.
 
     Raises:
         LayoutError: ``config`` and ``layout`` differ in their tokens per block.
@@ -54,7 +58,12 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, layout: KVLayout, sinks: Sequence[EventSink] | None = None
+        self,
+        config: Config,
+        layout: KVLayout,
+        sinks: Sequence[EventSink] | None = None,
+        *,
+        identity: Mapping[str, object] | None = None,
     ) -> None:
         if config.tokens_per_block != layout.tokens_per_block:
             raise LayoutError(
@@ -70,11 +79,12 @@ class Engine:
         self._num_host_slots = num_slots
         index = TierIndex(Tier.HOST, num_slots, evict_ratio=config.cache.evict_ratio)
         self._host = SharedIndex(index, self._emit)
+        self._below = Tiering(config, layout, identity, self._host, self._emit)
         events = config.events
         self._events = EventLog(
-            ring=events.ring, max_event_blocks=events.max_event_blocks, walk=self._host.walk
+            ring=events.ring, max_event_blocks=events.max_event_blocks, walk=self._walk
         )
-        self._sinks = self._configured_sinks() if sinks is None else list(sinks)
+        self._sinks = sinks_of(config.events) if sinks is None else list(sinks)
         self._pool: HostPool | None = None
         self._entered = self._open = False
         self._exits = contextlib.AsyncExitStack()
@@ -106,6 +116,9 @@ class Engine:
             exits.push_async_callback(tasks.__aexit__, None, None, None)
             self._transfers = Transfers(settings, layout.block_nbytes, tasks)
             self._stores = Stores(self._host, self._transfers, settings.deadline_s)
+            if self._pool is not None:
+                await self._below.open(self._pool, self._stores, tasks, self._events)
+                exits.push_async_callback(self._below.close)
             for sink in self._sinks if self._config.enable_flexkv else ():
                 await sink.start(self._events, tasks)
                 exits.push_async_callback(sink.close)
@@ -135,7 +148,9 @@ class Engine:
 
     async def _close(self) -> None:
         timeout_s = self._config.transfers.close_timeout_s
-        if num_running := await self._transfers.settle(timeout_s):
+        num_running = await self._transfers.settle(timeout_s)
+        num_running += await self._below.settle(timeout_s)
+        if num_running:
             # their memory stays as it is, and the task group stays open: nothing else is safe
             _log.error("%d copies did not end within %s s", num_running, 2 * timeout_s)
             for sink in self._sinks:
@@ -190,9 +205,10 @@ class Engine:
         """How much of ``blocks`` could be loaded now. Each call counts as a request."""
         self._check_open()
         self._check_chain(blocks)
-        num_blocks = self._host.match(blocks).num_blocks
+        by_tier = self._below.match(blocks)
+        num_blocks = sum(by_tier.values())
         self.count_request(len(blocks), num_blocks)
-        return Match(num_blocks, {Tier.HOST: num_blocks})
+        return Match(num_blocks, by_tier)
 
     def count_request(self, num_requested: int, num_hit: int) -> None:
         """Count a request, for who looks up by ``lease``; any one thread may do so."""
@@ -226,19 +242,18 @@ class Engine:
         started_s = time.perf_counter()
         block_ids = self._checked_ids(blocks, gpu_block_ids, first)
         marks = self._marks() if after is None else dict.fromkeys(self._transfers.copiers, after)
-        plan = self._host.plan_load(blocks.part(0, first + len(block_ids)), first)
-        try:
-            num_blocks = await self._transfers.load(plan.slots, block_ids, marks)
-        finally:
-            self._host.release(plan.lease)
-        nbytes = num_blocks * self._block_nbytes
+        blocks = blocks.part(0, first + len(block_ids))
+        by_tier, num_expected = await self._below.load(
+            self._transfers, blocks, block_ids, first, marks
+        )
+        num_blocks = sum(by_tier.values())
         self._counts["loaded"] += num_blocks
-        self._counts["nbytes_loaded"] += nbytes
-        self._counts["load_failed"] += len(plan.slots) - num_blocks
+        self._counts["nbytes_loaded"] += num_blocks * self._block_nbytes
+        self._counts["load_failed"] += num_expected - num_blocks
         return Loaded(
             num_blocks,
             tuple(block_ids[num_blocks:]),
-            {Tier.HOST: nbytes},
+            {tier: num * self._block_nbytes for tier, num in by_tier.items()},
             time.perf_counter() - started_s,
         )
 
@@ -265,64 +280,73 @@ class Engine:
         self._key_nbytes = blocks.key_nbytes
         blocks = blocks.part(0, first + len(block_ids))
         stored = await self._stores.store(blocks, block_ids, first, self._marks(), keep)
+        self._below.offer(blocks)
         self._counts["store_dropped"] += stored.num_dropped
         return stored
 
-    def lease(self, blocks: Blocks) -> Lease:
-        """Keep the resident prefix of ``blocks`` from eviction until ``release``.
+    def lease(self, blocks: Blocks) -> Pin:
+        """Keep what could be loaded of ``blocks`` from eviction until ``release``.
 
         This, ``release`` and ``touch`` may be called from any thread.
         """
-        return self._host.lease(blocks)
+        return self._below.pin(blocks)
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Pin) -> None:
         """End a lease; once more does nothing."""
-        self._host.release(lease)
+        lease.release()
 
     def touch(self, blocks: Blocks) -> None:
         """What is resident of ``blocks`` was used just now."""
         self._host.touch(blocks)
+        self._below.touch(blocks)
 
     async def prefetch(self, blocks: Blocks) -> int:
-        """Bring blocks up into the host tier. Returns how much of the prefix is there.
-
-        There is no tier below host in this version, so nothing moves; the blocks are touched.
-        """
+        """Bring blocks up from SSD into the host tier. Returns how much of the prefix is there."""
         self._check_open()
         self._check_chain(blocks)
         self._host.touch(blocks)
+        await self._below.prefetch(blocks)
         return self._host.match(blocks).num_blocks
 
+    async def flush(self) -> None:
+        """Wait until what was stored so far is on SSD as well, or was dropped."""
+        await self._below.flush()
+
     def residency(self, tier: Tier) -> set[BlockKey]:
-        """The keys of all blocks that can be read from ``tier`` now; in this version host only.
+        """The keys of all blocks that can be read from ``tier`` now.
 
         Raises:
             InputError: there is no such tier.
         """
         if tier not in set(Tier):
             raise InputError(f"tier is {tier!r}: give one of {', '.join(Tier)}")
-        return self._host.residency() if tier == Tier.HOST else set()
+        return self._host.residency() if tier == Tier.HOST else self._below.residency(tier)
 
     def walk(self, tier: Tier) -> Iterator[Blocks]:
         """What ``residency`` names, run by run, parents first; the tier may change meanwhile."""
         if tier == Tier.HOST:
             yield from (stored.blocks for stored in self._host.walk())
+        elif tier == Tier.SSD:
+            yield from (stored.blocks for stored in self._below.walk())
 
     async def clear(self) -> None:
         """Forget every block, those on their way included."""
         self.forget()
+        await self._below.flush()
 
     def forget(self) -> None:
         """As ``clear``, at once; to be called on the engine's loop."""
         self._check_open()
         self._stores.note_clear()
+        self._below.forget()
         self._host.clear()
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        host, counts = self._host.stats(self._events.digests()[Tier.HOST]), self._counts
+        digests, counts = self._events.digests(), self._counts
+        host = self._host.stats(digests[Tier.HOST])
         return EngineStats(
-            tiers={Tier.HOST: host},
+            tiers={Tier.HOST: host, **self._below.stats(digests[Tier.SSD])},
             num_requests=counts["requests"],
             num_requested=counts["requested"],
             num_hit=counts["hit"],
@@ -332,7 +356,7 @@ class Engine:
             num_store_dropped=counts["store_dropped"],
             nbytes_loaded=counts["nbytes_loaded"],
             nbytes_stored=host.num_stored * self._block_nbytes,
-            lanes=self._transfers.lanes if self._open else {},
+            lanes={**self._transfers.lanes, **self._below.lanes} if self._open else {},
             last_event_id=self._events.last_id,
         )
 
@@ -343,21 +367,9 @@ class Engine:
             for sink in self._sinks:
                 sink.wake()
 
-    def _configured_sinks(self) -> list[EventSink]:
-        if self._config.events.sink == "vllm":
-            raise ConfigError(
-                "events.sink is vllm, which is for an engine inside vLLM: set nats, zmq or none"
-            )
-        kind = self._config.events.effective_sink()
-        if kind == "none":
-            return []
-        if kind == "zmq":
-            from flexkv.events.zmq import ZmqSink  # noqa: PLC0415  # only who publishes needs it
-
-            return [ZmqSink(self._config.events)]
-        from flexkv.events.nats import NatsSink  # noqa: PLC0415  # as above
-
-        return [NatsSink(self._config.events)]
+    def _walk(self) -> Iterator[BlockStored]:
+        yield from self._host.walk()
+        yield from self._below.walk()
 
     def _marks(self) -> dict[int, object]:
         return {rank: copier.mark() for rank, copier in self._transfers.copiers.items()}
@@ -367,7 +379,8 @@ class Engine:
             raise EngineClosedError("the engine is not open: use it within `async with engine`")
 
     def _check_chain(self, blocks: Blocks) -> None:
-        check_chain(blocks, self._layout.tokens_per_block, self._key_nbytes)
+        key_nbytes = self._key_nbytes or self._below.key_nbytes
+        check_chain(blocks, self._layout.tokens_per_block, key_nbytes)
 
     def _checked_ids(self, blocks: Blocks, gpu_block_ids: Sequence[int], first: int) -> list[int]:
         self._check_open()

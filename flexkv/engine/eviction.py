@@ -27,6 +27,10 @@ class EvictionPolicy(Protocol):
         """The run to evict first; at least one is known."""
         ...
 
+    def ranked(self) -> list[Run]:
+        """All runs, who is to be evicted first first: children before parents."""
+        ...
+
 
 class LeastRecentlyUsed:
     """Evicts what was not used for the longest time.
@@ -50,3 +54,7 @@ class LeastRecentlyUsed:
     def next_victim(self) -> Run:
         """The oldest run."""
         return next(iter(self._order))
+
+    def ranked(self) -> list[Run]:
+        """All runs, oldest first."""
+        return list(self._order)

@@ -209,11 +209,15 @@ class TierIndex:
 
         What is resident during the whole walk comes at least once.
         """
+        return (run.blocks for run in self.runs())
+
+    def runs(self) -> Iterator[Run]:
+        """As ``walk``, the runs themselves: they hold until the next change."""
         walk = _Walk(self._root)
         self._walks.append(walk)
         try:
             while (run := walk.next_run()) is not None:
-                yield run.blocks
+                yield run
         finally:
             self._walks.remove(walk)
 

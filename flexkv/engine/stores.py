@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flexkv.engine.results import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from flexkv.blocks import Blocks
     from flexkv.engine.planner import StorePlan
@@ -44,6 +44,22 @@ class Stores:
     def close(self) -> None:
         """A store whose copies fail does not begin once more."""
         self._closing = True
+
+    def begin_copy(self, reservation: Reservation) -> None:
+        """Bytes are on their way into ``reservation``'s slots; whoever joins waits for them."""
+        self._copies[reservation] = asyncio.get_running_loop().create_future()
+
+    def end_copy(self, reservation: Reservation) -> None:
+        """They are there, or will not come; ``commit`` follows in the same step."""
+        self._copies.pop(reservation).set_result(None)
+
+    async def have_ended(self, reservations: Sequence[Reservation]) -> bool:
+        """Wait for these copies; False where one still runs after ``deadline_s``."""
+        copies = [self._copies[other] for other in reservations if other in self._copies]
+        if not copies:
+            return True
+        _, late = await asyncio.wait(copies, timeout=self._deadline_s)
+        return not late
 
     async def store(
         self,
@@ -89,24 +105,19 @@ class Stores:
         assert reservation is not None
         if not len(reservation.slots):
             return
-        copied = asyncio.get_running_loop().create_future()
-        self._copies[reservation] = copied
+        self.begin_copy(reservation)
         num_full = 0
         try:
             num_full = await self._transfers.store(
                 block_ids[plan.num_present :][: len(reservation.slots)], reservation.slots, marks
             )
         finally:
-            del self._copies[reservation]
-            copied.set_result(None)
+            self.end_copy(reservation)
             self._index.commit(reservation, num_full, keep)
 
     async def _joined(self, reservation: Reservation) -> _Joined:
         """Wait for the copies that a store joined, to see what became of them."""
-        copies = [self._copies[other] for other in reservation.joined if other in self._copies]
-        if copies:
-            _, late = await asyncio.wait(copies, timeout=self._deadline_s)
-            if late:
-                return _Joined.LATE
+        if not await self.have_ended(reservation.joined):
+            return _Joined.LATE
         arrived = all(other.num_stored == len(other.slots) for other in reservation.joined)
         return _Joined.ARRIVED if arrived else _Joined.FAILED

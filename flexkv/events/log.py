@@ -109,6 +109,15 @@ class EventLog:
                 self._enter(piece)
         self._trim()
 
+    def begin_with(self, resident: Iterable[BlockStored]) -> None:
+        """Blocks are resident that no event tells of: who asks for the first gets a dump."""
+        found = False
+        for event in resident:
+            self._digests.follow(event)
+            found = True
+        if found:
+            self.kick()
+
     def beat(self) -> None:
         """Enter NOTHING."""
         self.append([NOTHING])

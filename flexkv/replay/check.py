@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flexkv.blocks import BlockKey, Blocks
     from flexkv.replay.run import Replay
 
-_HOST = "host_pinned"  # Dynamo's name of the tier
+_TIERS = {Tier.HOST: "host_pinned", Tier.SSD: "disk"}  # Dynamo's names
 _NOTHING = Overlap(0, 0, 0)
 _POLL_S = 0.1
 _NUM_TOP_UP_ROUNDS = 3
@@ -37,11 +37,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain under check, and how many leading blocks each worker really holds."""
+    """A chain under check, and how many leading blocks each worker really holds, by tier."""
 
     block_ids: tuple[int, ...]
     blocks: Blocks
-    truth: Mapping[int, int]
+    truth: Mapping[int, Overlap]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ async def check(replay: Replay, *, num_chains: int, seed: int, timeout_s: float)
     served = sorted({request.block_ids for request in replay.workload.requests} - {()})
     rng.shuffle(served)
     num_common = replay.workload.num_common
+    await _flush(replay)
     sample = _sample(replay, served, num_common, num_chains)
     num_heads = 0
     for _ in range(_NUM_TOP_UP_ROUNDS):
@@ -80,6 +81,7 @@ async def check(replay: Replay, *, num_chains: int, seed: int, timeout_s: float)
         for head in heads:
             await replay.serve(head)
         num_heads += len(heads)
+        await _flush(replay)
         sample = _sample(replay, served, num_common, num_chains)
     started_s = loop.time()
     chains = [chain for kind in sample.values() for chain in kind]
@@ -89,21 +91,36 @@ async def check(replay: Replay, *, num_chains: int, seed: int, timeout_s: float)
     return Verdict(num_checked, num_heads, divergences, differing, loop.time() - started_s)
 
 
+async def _flush(replay: Replay) -> None:
+    for worker in replay.workers.values():
+        await worker.engine.flush()
+
+
 def _sample(
     replay: Replay, served: Iterable[tuple[int, ...]], num_common: int, num_chains: int
 ) -> dict[Kind, list[Chain]]:
-    held = {wid: worker.engine.residency(Tier.HOST) for wid, worker in replay.workers.items()}
+    held = {
+        wid: [worker.engine.residency(tier) for tier in _TIERS]
+        for wid, worker in replay.workers.items()
+    }
     sample: dict[Kind, list[Chain]] = {kind: [] for kind in Kind}
     for block_ids in served:
         if all(len(of) >= num_chains for of in sample.values()):
             break
         blocks = replay.blocks_of(block_ids)
         keys = list(blocks)
-        truth = {wid: _num_leading(keys, keys_held) for wid, keys_held in held.items()}
-        of = sample[_kind(max(truth.values()), len(blocks), num_common)]
+        truth = {wid: _overlap(keys, *keys_held) for wid, keys_held in held.items()}
+        num_held = max(overlap.host + overlap.ssd for overlap in truth.values())
+        of = sample[_kind(num_held, len(blocks), num_common)]
         if len(of) < num_chains:
             of.append(Chain(block_ids, blocks, truth))
     return sample
+
+
+def _overlap(keys: Sequence[BlockKey], host: set[BlockKey], ssd: set[BlockKey]) -> Overlap:
+    """What the router should say: SSD counts for what it adds behind host."""
+    num_host = _num_leading(keys, host)
+    return Overlap(0, num_host, max(0, _num_leading(keys, ssd) - num_host))
 
 
 def _num_leading(keys: Sequence[BlockKey], held: set[BlockKey]) -> int:
@@ -136,7 +153,7 @@ async def _diverging(replay: Replay, chains: Sequence[Chain], deadline_s: float)
         diverged = []
         for chain in chains:
             believed = await replay.router.overlap(tokens_in(chain.blocks))
-            errs = [w for w, n in chain.truth.items() if believed.get(w, _NOTHING) != (0, n, 0)]
+            errs = [w for w, n in chain.truth.items() if believed.get(w, _NOTHING) != n]
             wrong |= {wid: wrong[wid] + 1 for wid in errs}
             diverged += [chain] if errs else []
         if not diverged or asyncio.get_running_loop().time() >= deadline_s:
@@ -148,7 +165,11 @@ async def _diverging(replay: Replay, chains: Sequence[Chain], deadline_s: float)
 async def _differing(replay: Replay, deadline_s: float) -> dict[int, int]:
     """Per worker, how many blocks only one side has, still at the deadline."""
     held = {
-        wid: {(_HOST, int.from_bytes(key[-8:])) for key in worker.engine.residency(Tier.HOST)}
+        wid: {
+            (name, int.from_bytes(key[-8:]))
+            for tier, name in _TIERS.items()
+            for key in worker.engine.residency(tier)
+        }
         for wid, worker in replay.workers.items()
     }
     while True:

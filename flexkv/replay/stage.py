@@ -43,11 +43,14 @@ _CAPACITY_SHARE = 3  # all workers together hold a third of the distinct blocks
 class Settings:
     """What a replay can be told. ``capacity``: blocks per worker, None: few enough to evict.
 
+    ``num_ssd_blocks`` per worker, in a temporary folder; 0: no SSD tier.
+
     ``nats_url`` None: a nats-server of the replay's own.
     """
 
     num_workers: int = 2
     capacity: int | None = None
+    num_ssd_blocks: int = 0
     block_nbytes: int = 16384
     evict_ratio: float = 0.05
     seed: int = 0
@@ -114,7 +117,8 @@ async def staged(workload: Workload, settings: Settings) -> AsyncIterator[Replay
         await router.wait_for_workers(worker_ids)
         workers = {}
         for i, worker_id in enumerate(worker_ids):
-            config = _config(workload, settings, worker_id, nats_url, discovery_path)
+            ssd_path = discovery_path / f"ssd-{i}"
+            config = _config(workload, settings, worker_id, nats_url, discovery_path, ssd_path)
             engine = Engine(config, layout, sinks=[NatsSink(config.events)])
             await stack.enter_async_context(engine)
             workers[worker_id] = _worker(f"{i}", engine, layout, workload, settings)
@@ -156,21 +160,30 @@ def default_capacity(workload: Workload, num_workers: int) -> int:
     return max(workload.num_longest, workload.num_distinct // (_CAPACITY_SHARE * num_workers), 1)
 
 
-def cache_of(workload: Workload, settings: Settings) -> CacheConfig:
+def cache_of(workload: Workload, settings: Settings, ssd_path: Path = Path("ssd")) -> CacheConfig:
     """The settings of each worker's tiers."""
     capacity = settings.capacity or default_capacity(workload, settings.num_workers)
     return CacheConfig(
         tokens_per_block=workload.tokens_per_block,
         num_cpu_blocks=capacity,
         evict_ratio=settings.evict_ratio,
+        enable_ssd=settings.num_ssd_blocks > 0,
+        num_ssd_blocks=settings.num_ssd_blocks or None,
+        ssd_cache_dir=(str(ssd_path),),
+        weights_id="simulated",
     )
 
 
 def _config(
-    workload: Workload, settings: Settings, worker_id: int, nats_url: str, discovery_path: Path
+    workload: Workload,
+    settings: Settings,
+    worker_id: int,
+    nats_url: str,
+    discovery_path: Path,
+    ssd_path: Path,
 ) -> Config:
     namespace, component, endpoint = _ENDPOINT
-    cache = cache_of(workload, settings)
+    cache = cache_of(workload, settings, ssd_path)
     events = EventsConfig(
         sink="nats",
         nats_servers=(nats_url,),

@@ -61,8 +61,8 @@ class HostPool:
         self.slot_stride = slot_stride(slot_nbytes)
         self.num_ranks = num_ranks
         # whole pages, so that each rank can touch and pin its region and nothing else
-        self._region_nbytes = _rounded_up(num_slots * self.slot_stride, mmap.PAGESIZE)
-        self.nbytes = num_ranks * self._region_nbytes
+        self.region_nbytes = _rounded_up(num_slots * self.slot_stride, mmap.PAGESIZE)
+        self.nbytes = num_ranks * self.region_nbytes
         self.num_touch_threads = touch_threads or min(os.cpu_count() or 1, _MAX_TOUCH_THREADS)
         self._touching: list[threading.Thread] = []
         self._pid = os.getpid()
@@ -109,15 +109,19 @@ class HostPool:
         """``rank``'s slots: uint8 of shape (num_slots, slot_nbytes), the pool's own memory."""
         _check("rank", rank, self.num_ranks)
         return self._mapped().as_strided(
-            (self.num_slots, self.slot_nbytes), (self.slot_stride, 1), rank * self._region_nbytes
+            (self.num_slots, self.slot_nbytes), (self.slot_stride, 1), rank * self.region_nbytes
         )
 
     def slot(self, rank: int, slot: int) -> memoryview:
         """One slot: writable, ``slot_nbytes`` long, the pool's own memory."""
         _check("rank", rank, self.num_ranks)
         _check("slot", slot, self.num_slots)
-        start = rank * self._region_nbytes + slot * self.slot_stride
+        start = rank * self.region_nbytes + slot * self.slot_stride
         return self._mapped().numpy().data[start : start + self.slot_nbytes]
+
+    def memory(self) -> memoryview:
+        """All of the pool, as it is laid out: for I/O past the page cache, which moves padding."""
+        return self._mapped().numpy().data
 
     def touch(self, rank: int) -> None:
         """Take the memory of ``rank``'s region, in threads; what is written there stays.
@@ -128,7 +132,7 @@ class HostPool:
             ConfigError: less memory is available than the region still needs.
         """
         _check("rank", rank, self.num_ranks)
-        self._touch(rank * self._region_nbytes, self._region_nbytes)
+        self._touch(rank * self.region_nbytes, self.region_nbytes)
 
     def touch_soon(self, rank: int) -> None:
         """``touch`` in the background; what goes wrong is logged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from flexkv.blocks import BlockKey, Blocks
     from flexkv.tiers.host import HostPool
+    from flexkv.tiers.ssd_journal import DiskCalls
 
 BLOCK_NBYTES = 64
 
@@ -121,12 +122,13 @@ async def slow_engine(
     max_blocks_in_flight: int = 4096,
     deadline_s: float = 30.0,
     close_timeout_s: float = 10.0,
+    ssd: dict[str, Any] | None = None,
+    calls: DiskCalls | None = None,
 ) -> AsyncIterator[tuple[Engine, SlowCopier, ListSink]]:
-    """An engine whose only rank has a ``SlowCopier``."""
+    """An engine whose only rank has a ``SlowCopier``; ``ssd`` adds settings of an SSD tier."""
+    cache: dict[str, Any] = {"num_cpu_blocks": num_slots, "evict_ratio": evict_ratio}
     config = Config(
-        cache=CacheConfig(
-            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=num_slots, evict_ratio=evict_ratio
-        ),
+        cache=CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, **cache, **(ssd or {})),
         transfers=TransfersConfig(
             chunk_bytes=chunk_blocks * BLOCK_NBYTES,
             max_load_bytes=max(chunk_blocks, max_blocks_in_flight) * BLOCK_NBYTES,
@@ -137,7 +139,10 @@ async def slow_engine(
     )
     layout = KVLayout(tokens_per_block=TOKENS_PER_BLOCK, block_nbytes=BLOCK_NBYTES)
     sink = ListSink()
-    async with Engine(config, layout, sinks=[sink]) as engine:
+    engine = Engine(config, layout, sinks=[sink])
+    if calls is not None:
+        engine._below._disk._calls = calls
+    async with engine:
         copier = SlowCopier(seconds=seconds)
         engine.attach_copier(copier, 0)
         yield engine, copier, sink

@@ -9,7 +9,7 @@ from flexkv.events.types import AllBlocksCleared, BlockRemoved, BlockStored
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from flexkv.blocks import BlockKey
+    from flexkv.blocks import BlockKey, Tier
     from flexkv.events.types import Event
 
 
@@ -39,9 +39,10 @@ def follow(believed: set[BlockKey], event: Event) -> None:
     assert event.blocks.parent is None or event.blocks.parent in believed, "parents outlive"
 
 
-def believed(events: Iterable[Event]) -> set[BlockKey]:
-    """What a follower takes for resident after ``events``."""
+def believed(events: Iterable[Event], tier: Tier | None = None) -> set[BlockKey]:
+    """What a follower takes for resident after ``events``, of one tier if there are several."""
     keys: set[BlockKey] = set()
     for event in events:
-        follow(keys, event)
+        if tier is None or isinstance(event, AllBlocksCleared) or event.tier == tier:
+            follow(keys, event)
     return keys

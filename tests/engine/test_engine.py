@@ -300,3 +300,10 @@ async def test_a_sink_that_one_change_outran_begins_again() -> None:
             await engine.store(blocks_of(tokens, TOKENS_PER_BLOCK), [0])
         await engine.store(BLOCKS, range(5))
         assert believed(sink.events) == engine.residency(Tier.HOST)
+
+
+def test_events_that_are_to_join_vllms_need_vllm() -> None:
+    config = Config.from_mapping({"events": {"sink": "vllm"}, "cache": {"num_cpu_blocks": 1}})
+    layout = KVLayout(tokens_per_block=config.tokens_per_block, block_nbytes=64)
+    with pytest.raises(ConfigError, match="inside vLLM"):
+        Engine(config, layout)

@@ -12,7 +12,7 @@ from flexkv.integration.vllm.extra_keys import extra_keys_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flexkv.engine.runs import Lease
+    from flexkv.engine.tiering import Pin
 
 
 class RequestState:
@@ -26,7 +26,7 @@ class RequestState:
         self.block_size = block_size
         self.num_local = 0  # blocks that the GPU had at the latest look-up
         self.num_handed = 0  # leading blocks handed over to be stored
-        self.pin: Lease | None = None
+        self.pin: Pin | None = None
         self.is_counted = False
         self.is_running = False  # it has been scheduled since it last waited
         self.num_begun_with = 0  # tokens that it did not compute itself since then

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
 
     from flexkv.blocks import Blocks
-    from flexkv.engine.runs import Lease
     from flexkv.engine.stats import EngineStats
+    from flexkv.engine.tiering import Pin
     from flexkv.events.sinks import EventSink
     from flexkv.integration.vllm.settings import VllmSettings
 
@@ -90,7 +90,7 @@ class EngineService:
         engine = self._engine
         return None if engine is None else engine.stats()
 
-    def lease(self, blocks: Blocks) -> Lease | None:
+    def lease(self, blocks: Blocks) -> Pin | None:
         """Protect what could be loaded of ``blocks``; None while that is nothing."""
         engine = self._engine
         if engine is None or not self.usable:
@@ -98,7 +98,7 @@ class EngineService:
         lease = engine.lease(blocks)
         return lease if lease.num_blocks else None
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Pin) -> None:
         """End a lease."""
         if (engine := self._engine) is not None:
             engine.release(lease)
@@ -120,7 +120,7 @@ class EngineService:
         block_ids: Sequence[int],
         first: int,
         step: int,
-        pin: Lease,
+        pin: Pin,
     ) -> int:
         """Begin to load ``blocks[first:]``, after the workers have begun ``step``. The job's id.
 
@@ -196,7 +196,7 @@ class EngineService:
         block_ids: Sequence[int],
         first: int,
         step: int,
-        pin: Lease,
+        pin: Pin,
     ) -> None:
         missing: Sequence[int] = block_ids
         try:
@@ -265,7 +265,9 @@ class EngineService:
                 num_ranks=settings.num_ranks,
             )
             async with contextlib.AsyncExitStack() as exits:
-                engine = Engine(settings.config, layout, sinks=self._sinks)
+                engine = Engine(
+                    settings.config, layout, sinks=self._sinks, identity=settings.identity
+                )
                 await exits.enter_async_context(engine)
                 for rank, copier in server.copiers.items():
                     engine.attach_copier(copier, rank)
@@ -303,8 +305,9 @@ def _last_event_id(engine: Engine) -> int:
 
 
 def _resident(engine: Engine) -> Iterator[tuple[Tier, int, bytes]]:
-    for blocks in engine.walk(Tier.HOST):
-        yield Tier.HOST, blocks.key_nbytes, blocks.packed_keys()
+    for tier in (Tier.HOST, Tier.SSD):
+        for blocks in engine.walk(tier):
+            yield tier, blocks.key_nbytes, blocks.packed_keys()
 
 
 async def _registered_again(server: LinkServer) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexkv.config import Config, EventsConfig
 from flexkv.errors import ConfigError
+from flexkv.integration.vllm.identity import identity_of
 from flexkv.link.endpoint import default_endpoint, with_dp_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class VllmSettings:
     dp_rank: int
     publishes: bool
     events_endpoint: str | None
+    identity: Mapping[str, object] | None = None
 
 
 def settings_of(vllm_config: Any) -> VllmSettings:
@@ -40,8 +45,8 @@ def settings_of(vllm_config: Any) -> VllmSettings:
     """
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
-    config = _for_vllm(Config.load(), block_size)
     dp_rank = _dp_rank(parallel, transfer.engine_id)
+    config = _for_vllm(Config.load(), block_size, dp_rank)
     endpoint = config.server_recv_port
     if endpoint is None:
         endpoint = default_endpoint(transfer.engine_id, dp_rank)
@@ -59,6 +64,7 @@ def settings_of(vllm_config: Any) -> VllmSettings:
         dp_rank=dp_rank or 0,
         publishes=publishes,
         events_endpoint=_publisher(events.endpoint, dp_rank or 0) if publishes else None,
+        identity=identity_of(vllm_config) if config.cache.enable_ssd else None,
     )
 
 
@@ -96,7 +102,7 @@ def _dp_rank(parallel: Any, engine_id: str) -> int | None:
     return index if is_one_of_many or engine_id.endswith(f"_dp{index}") else None
 
 
-def _for_vllm(config: Config, block_size: int) -> Config:
+def _for_vllm(config: Config, block_size: int, dp_rank: int | None) -> Config:
     """``config`` for vLLM's block size; NATS is never required under vLLM."""
     cache = config.cache
     if "tokens_per_block" in cache.model_fields_set and cache.tokens_per_block != block_size:
@@ -104,7 +110,11 @@ def _for_vllm(config: Config, block_size: int) -> Config:
             f"tokens_per_block is {cache.tokens_per_block}, but vLLM's block size is {block_size}: "
             f"start vLLM with --block-size {cache.tokens_per_block}, or leave tokens_per_block out"
         )
-    cache = type(cache)(**_given(cache) | {"tokens_per_block": block_size})
+    folders = cache.ssd_cache_dir
+    if dp_rank is not None:
+        folders = tuple(f"{folder.rstrip('/')}/dp{dp_rank}" for folder in folders)
+    changed = {"tokens_per_block": block_size, "ssd_cache_dir": folders}
+    cache = type(cache)(**_given(cache) | changed)
     events = EventsConfig(**_given(config.events) | {"nats_required": False})
     made = Config(**_given(config) | {"cache": cache, "events": events})
     for note in config.notes:

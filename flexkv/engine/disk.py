@@ -1,0 +1,276 @@
+"""The SSD tier: what is on it, its journal, and how it ends when a disk fails."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from array import array
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexkv.blocks import Tier
+from flexkv.engine.disk_index import SharedDiskIndex
+from flexkv.errors import ConfigError
+from flexkv.events.types import BlockRemoved
+from flexkv.hashing import tokens_hashes
+from flexkv.tiers.host import slot_stride
+from flexkv.tiers.ssd import SsdSettings, SsdStore
+from flexkv.tiers.ssd_files import failing
+from flexkv.tiers.ssd_frames import added, cleared, removed
+from flexkv.tiers.ssd_journal import DiskCalls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from flexkv.blocks import Blocks, KVLayout
+    from flexkv.config import CacheConfig
+    from flexkv.events.types import Event
+    from flexkv.tiers.host import HostPool
+
+_log = logging.getLogger(__name__)
+
+_MIN_JOURNAL_NBYTES = 1 << 20  # a smaller one is not worth a snapshot
+_NUM_RECORDS_AT_ONCE = 64  # put together without a pause, well below 1 ms
+_MAX_JOURNALS = 4  # the journal is at most twice what is live, and a third time while it is renewed
+
+
+def entry_nbytes(tokens_per_block: int, key_nbytes: int = 32) -> int:
+    """About what one block takes in the journal."""
+    return key_nbytes + 4 * tokens_per_block + 28
+
+
+def num_ssd_slots(cache: CacheConfig, layout: KVLayout) -> int:
+    """How many blocks the SSD tier holds; ``ssd_cache_bytes`` covers the journal as well.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    if cache.ssd_cache_bytes is None:
+        return cache.num_ssd_blocks or 0
+    nbytes = layout.num_ranks * slot_stride(layout.block_nbytes)
+    nbytes += _MAX_JOURNALS * entry_nbytes(layout.tokens_per_block)
+    num_slots = (cache.ssd_cache_bytes - _MAX_JOURNALS * _MIN_JOURNAL_NBYTES) // nbytes
+    if num_slots < 1:
+        raise ConfigError(
+            f"ssd_cache_bytes is {cache.ssd_cache_bytes}, but one block takes {nbytes} bytes, and "
+            f"the journal up to {_MAX_JOURNALS * _MIN_JOURNAL_NBYTES}: give it more"
+        )
+    return num_slots
+
+
+class Disk:
+    """Slots on SSD under one index, with a journal of every change.
+
+    Where a disk fails, everything on the tier counts as lost and is announced as removed; with
+    other folders left it begins anew on those, empty; else it is off, and stays off.
+    ``announce`` is told of every change in the step that makes it true.
+    """
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        layout: KVLayout,
+        identity: Mapping[str, object] | None,
+        announce: Callable[[Sequence[Event]], None],
+        calls: DiskCalls | None = None,
+    ) -> None:
+        self._cache = cache
+        self._entry_nbytes = entry_nbytes(layout.tokens_per_block)
+        self._announce = announce
+        self._calls = calls or DiskCalls()
+        self._about: dict[str, object] | None = None
+        if identity is not None or cache.weights_id is not None:
+            self._about = {"tokens_per_block": layout.tokens_per_block, **(identity or {})}
+            self._about |= {"weights_id": cache.weights_id}
+        self._folders = [Path(folder) for folder in cache.ssd_cache_dir]
+        self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
+        self._records: list[bytes] = []
+        self._failure: OSError | None = None
+        self._renewed_nbytes = 0
+        self._pool: HostPool
+        self.store: SsdStore
+        self.is_on = False
+        self.key_nbytes = 0
+        self.changed = asyncio.Event()
+        self._renew_index()
+
+    @property
+    def has_news(self) -> bool:
+        """The journal does not know everything yet, or a disk has failed."""
+        return bool(self._records) or self._failure is not None
+
+    async def open(self, pool: HostPool) -> None:
+        """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
+
+        Raises:
+            ConfigError: a folder can't be used at all, or another process uses it.
+        """
+        self._pool = pool
+        if self._about is None:
+            _log.warning(
+                "ssd: nothing says which weights the blocks are of, so none is kept across "
+                "restarts: set weights_id"
+            )
+        try:
+            await self._open_store()
+        except OSError as error:
+            _log.error("ssd: off, the disk can't be used: %s", error)  # it says all
+
+    async def flush(self) -> None:
+        """On return the journal knows all that happened before; a failed disk is replaced."""
+        if self._failure is not None:
+            await self._start_over()
+        records, self._records = self._records, []
+        if not records or not self.is_on:
+            return
+        store = self.store
+        try:
+            await store.record(records)
+            if store.journal_nbytes > self._max_journal_nbytes():
+                await self._renew_journal(store, self.index.placed())
+        except OSError as error:
+            self.fail(store, error)
+
+    def note_stored(self, blocks: Blocks, slots: Sequence[int], sums: Sequence[int]) -> None:
+        """``blocks`` became resident in ``slots``, where their bytes have ``sums``."""
+        self.key_nbytes = blocks.key_nbytes
+        for slot, checksum in zip(slots, sums, strict=True):
+            self.sums[slot] = checksum
+        if self.is_on:
+            self._records.append(_record_of(blocks, slots, sums))
+
+    def fail(self, store: SsdStore, error: OSError) -> None:
+        """A disk of ``store`` has failed: all that was on it is lost, from now on."""
+        if store is not self.store or not self.is_on:
+            return
+        self.is_on = False
+        self._failure = error
+        _log.error("ssd: %d blocks are lost, a disk failed: %s", self.index.num_resident, error)
+        self.index.drop_all()
+        self._records.clear()
+        self.changed.set()
+
+    def lose(self, blocks: Blocks) -> None:
+        """The bytes of the last of ``blocks`` have rotted, so it and what follows it leave."""
+        self.index.lose(blocks)
+        self.changed.set()
+
+    def clear(self) -> None:
+        """Forget everything, for good after the next ``flush``. Announces nothing."""
+        self.index.forget()
+        self._records.append(cleared())
+        self.changed.set()
+
+    async def close(self) -> None:
+        """Write a short journal that knows who was used last, and let go; nothing may move."""
+        if not hasattr(self, "store"):
+            return
+        if self.is_on and self._about is not None:
+            try:
+                await self._renew_journal(self.store, self.index.ranked(), is_ranked=True)
+            except OSError as error:
+                self.fail(self.store, error)
+        self.is_on = False
+        await self.store.close()
+
+    def _renew_index(self) -> None:
+        num_slots = int(self._num_folder_slots * len(self._folders))
+        ratio = self._cache.evict_ratio
+        self.index = SharedDiskIndex(Tier.SSD, num_slots, self._emit, ratio)
+        self.sums = array("Q", bytes(8 * num_slots))
+
+    def _emit(self, events: Sequence[Event]) -> None:
+        """What leaves is recorded and announced in the step that made it true."""
+        self._records += [removed(e.blocks) for e in events if isinstance(e, BlockRemoved)]
+        self._announce(events)
+
+    async def _open_store(self) -> None:
+        cache = self._cache
+        settings = SsdSettings(
+            folders=self._folders,
+            num_slots=self.index.num_slots,
+            about=self._about,
+            num_readers=cache.ssd_read_threads,
+            num_writers=cache.ssd_write_threads,
+            uring_entries=cache.ssd_cache_iouring_entries,
+            sync=cache.ssd_sync,
+        )
+        self.store = store = SsdStore(settings, self._pool, self._calls)
+        with _without_gc():
+            kept = await store.open()
+            await asyncio.to_thread(self.index.restore, kept)
+        for run in kept:
+            self.key_nbytes = run.blocks.key_nbytes
+            for slot, checksum in zip(run.slots, run.sums, strict=True):
+                self.sums[slot] = checksum
+        self.is_on = True
+        _log.info(
+            "ssd: %d slots in %s by %s; %d blocks are back",
+            self.index.num_slots,
+            ", ".join(map(str, self._folders)),
+            store.way,
+            self.index.num_resident,
+        )
+
+    async def _start_over(self) -> None:
+        """Go on with the folders that still work, if there are any."""
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        await self.store.close()
+        broken = await asyncio.to_thread(failing, self._folders, failure)
+        self._folders = [folder for folder in self._folders if folder not in broken]
+        names = ", ".join(map(str, broken))
+        if not self._folders:
+            _log.error("ssd: off, %s failed", names)
+            return
+        _log.error("ssd: going on without %s, empty", names)
+        self._renew_index()
+        try:
+            await self._open_store()
+        except (OSError, ConfigError) as error:
+            _log.error("ssd: off, %s", error)  # it says all
+
+    def _max_journal_nbytes(self) -> int:
+        num_resident = self.index.num_resident
+        live_nbytes = max(self._entry_nbytes * num_resident, self._renewed_nbytes)
+        return max(_MIN_JOURNAL_NBYTES, 2 * live_nbytes)
+
+    async def _renew_journal(
+        self,
+        store: SsdStore,
+        placed: Iterable[tuple[Blocks, array[int]]],
+        *,
+        is_ranked: bool = False,
+    ) -> None:
+        """Write what is resident into a new journal. What changes meanwhile is recorded later."""
+        await store.start_snapshot()
+        records: list[bytes] = []
+        for blocks, slots in placed:
+            sums = [self.sums[slot] for slot in slots]
+            records.append(_record_of(blocks, slots, sums, is_ranked=is_ranked))
+            if len(records) == _NUM_RECORDS_AT_ONCE:
+                await store.append_snapshot(records)
+                records = []
+        await store.append_snapshot(records)
+        await store.finish_snapshot()
+        self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Many small objects that stay: looking through them again and again takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _record_of(
+    blocks: Blocks, slots: Sequence[int], sums: Sequence[int], *, is_ranked: bool = False
+) -> bytes:
+    return added(blocks, slots, sums, tokens_hashes(blocks), is_ranked=is_ranked)

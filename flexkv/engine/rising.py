@@ -1,0 +1,248 @@
+"""Brings blocks up from SSD: into the host tier chunk by chunk, and on to the GPU meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexkv.engine.transfers import Lane
+from flexkv.errors import TransferError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from flexkv.blocks import Blocks
+    from flexkv.config import Config
+    from flexkv.engine.disk import Disk
+    from flexkv.engine.runs import Lease, Reservation
+    from flexkv.engine.shared_index import SharedIndex
+    from flexkv.engine.stores import Stores
+    from flexkv.engine.transfers import Transfers
+
+_log = logging.getLogger(__name__)
+
+_RETRY_EVERY = 64  # one in so many loads that look too slow is done all the same, to measure again
+_WEIGHT = 0.2  # of the latest measurement
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Blocks up to ``stop`` of a chain; ``arrived`` brings a lease on the host's, or None."""
+
+    stop: int
+    arrived: asyncio.Future[Lease | None]
+
+
+class Rising:
+    """One chain's blocks on their way up: ``num_blocks`` of it, those in host included."""
+
+    def __init__(self, host: SharedIndex, num_blocks: int, deadline_s: float) -> None:
+        self.num_blocks = num_blocks
+        self.chunks: list[_Chunk] = []
+        self._host = host
+        self._deadline_s = deadline_s
+
+    async def load(
+        self,
+        transfers: Transfers,
+        block_ids: Sequence[int],
+        first: int,
+        num_done: int,
+        marks: Mapping[int, object],
+    ) -> int:
+        """Copy each chunk on as it arrives, behind ``num_done`` blocks. Returns how many came."""
+        at = first + num_done
+        for chunk in self.chunks:
+            lease = await self._arrival(chunk)
+            if lease is None:
+                break
+            stop = min(lease.num_blocks, first + len(block_ids))
+            if stop > at:
+                ids = block_ids[at - first : stop - first]
+                num_copied = await transfers.load(lease.slots[at:stop], ids, marks)
+                at += num_copied
+                if num_copied < len(ids):
+                    break
+        return at - first - num_done
+
+    async def finish(self) -> None:
+        """Wait until all has arrived, or can't."""
+        for chunk in self.chunks:
+            if await self._arrival(chunk) is None:
+                break
+
+    def end(self) -> None:
+        """Nobody waits any more; what is on its way arrives all the same."""
+        for chunk in self.chunks:
+            if chunk.arrived.done():
+                self._release(chunk.arrived)
+            else:
+                chunk.arrived.add_done_callback(self._release)
+
+    async def _arrival(self, chunk: _Chunk) -> Lease | None:
+        await asyncio.wait([chunk.arrived], timeout=self._deadline_s)
+        return chunk.arrived.result() if chunk.arrived.done() else None
+
+    def _release(self, arrived: asyncio.Future[Lease | None]) -> None:
+        lease = arrived.result()
+        if lease is not None:
+            self._host.release(lease)
+
+
+class Risings:
+    """Begins them: reads in chunks, bounded in bytes, each a task of ``tasks``, run to its end.
+
+    Where reading is expected to take longer than computing, nothing rises.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        host: SharedIndex,
+        stores: Stores,
+        config: Config,
+        block_nbytes: int,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        cache, settings = config.cache, config.transfers
+        self._disk = disk
+        self._host = host
+        self._stores = stores
+        self._lane = Lane(cache.ssd_read_bytes, settings.deadline_s)
+        self._deadline_s = settings.deadline_s
+        self._block_nbytes = block_nbytes
+        self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
+        self._tokens_per_s = cache.recompute_tokens_per_s
+        self._tasks = tasks
+        self._nbytes_per_s = 0.0  # of one chunk, beside whatever else is read
+        self._num_slow = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self.num_risen = 0  # blocks, ever
+        self.num_lost = 0
+
+    @property
+    def nbytes_in_flight(self) -> int:
+        """Bytes on their way from SSD to host."""
+        return self._lane.nbytes_in_flight
+
+    def num_usable(self, blocks: Blocks, num_host: int) -> int:
+        """How many of ``blocks`` host and SSD could bring together; any thread may ask."""
+        if not self._disk.is_on:
+            return num_host
+        num_disk = self._disk.index.match(blocks).num_blocks
+        num_new = num_disk - num_host
+        if num_new <= 0 or not self._tokens_per_s or not self._nbytes_per_s:
+            return max(num_host, num_disk)
+        nbytes = self._lane.nbytes_in_flight + num_new * self._block_nbytes
+        expected_s = nbytes / self._nbytes_per_s
+        if expected_s * self._tokens_per_s <= num_new * blocks.tokens_per_block:
+            return num_disk
+        self._num_slow += 1
+        return num_host if self._num_slow % _RETRY_EVERY else num_disk
+
+    def begin(self, blocks: Blocks) -> Rising | None:
+        """Start to bring up what of ``blocks`` is on SSD and not in host; None: there is nothing.
+
+        As far as host slots can be had. Whoever begins a rising has to ``end`` it.
+        """
+        num_host = self._host.match(blocks).num_blocks
+        num_blocks = self.num_usable(blocks, num_host)
+        if num_blocks <= num_host:
+            return None
+        rising = Rising(self._host, num_blocks, self._deadline_s)
+        previous: _Chunk | None = None
+        for start in range(num_host, num_blocks, self._num_chunk_blocks):
+            stop = min(start + self._num_chunk_blocks, num_blocks)
+            plan = self._host.plan_store(blocks.part(0, stop), 0)
+            assert plan.reservation is not None, "a whole chain has no gap before it"
+            reach = plan.reservation.num_present + len(plan.reservation.slots)
+            previous = self._begin_chunk(blocks.part(0, reach), plan.reservation, previous)
+            rising.chunks.append(previous)
+            if reach < stop:  # the host tier is full
+                break
+        return rising
+
+    async def settle(self, timeout_s: float) -> int:
+        """Begin no more reads; wait for those that run. How many still do."""
+        self._lane.turn_away()
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
+        return len(self._running)
+
+    def _begin_chunk(
+        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None
+    ) -> _Chunk:
+        """The last of ``blocks`` go into ``reservation``'s slots."""
+        chunk = _Chunk(len(blocks), asyncio.get_running_loop().create_future())
+        self._stores.begin_copy(reservation)
+        task = self._tasks.create_task(self._bring(blocks, reservation, previous, chunk))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return chunk
+
+    async def _bring(
+        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None, chunk: _Chunk
+    ) -> None:
+        """Read, commit behind the chunk before, lease."""
+        num_read, lease = 0, None
+        try:
+            if len(reservation.slots):
+                num_read = await self._read(blocks, reservation)
+            if previous is not None:
+                await asyncio.wait([previous.arrived])
+        finally:
+            self._stores.end_copy(reservation)
+            self._host.commit(reservation, num_read)
+            try:
+                if await self._stores.have_ended(reservation.joined):
+                    lease = self._host.lease(blocks)
+            finally:
+                chunk.arrived.set_result(lease)
+
+    async def _read(self, blocks: Blocks, reservation: Reservation) -> int:
+        """Fill the reserved slots. Returns how many of the leading ones are right."""
+        disk = self._disk
+        index, store, sums = disk.index, disk.store, disk.sums
+        start = reservation.num_present
+        lease = index.lease(blocks)
+        slots = lease.slots[start:]
+        num_blocks = len(slots)
+        if not num_blocks:  # evicted meanwhile
+            index.release(lease)
+            return 0
+        nbytes = num_blocks * self._block_nbytes
+        try:
+            await self._lane.enter(nbytes)
+        except TransferError as error:
+            _log.warning("ssd: a read did not begin, its blocks count as missing: %s", error)
+            index.release(lease)
+            return 0
+        began_s = time.perf_counter()
+        try:
+            if disk.store is not store or not disk.is_on:
+                return 0
+            host_slots = reservation.slots[:num_blocks]
+            lost = await store.read(slots, host_slots, [sums[slot] for slot in slots])
+        except OSError as error:
+            disk.fail(store, error)
+            return 0
+        finally:
+            self._lane.leave(nbytes)
+            index.release(lease)
+        self._measure(nbytes, time.perf_counter() - began_s)
+        if lost:
+            self.num_lost += len(lost)
+            _log.warning("ssd: %d blocks have rotted and are lost", len(lost))
+            if disk.index is index:
+                disk.lose(blocks.part(0, start + lost[0] + 1))
+            num_blocks = lost[0]
+        self.num_risen += num_blocks
+        return num_blocks
+
+    def _measure(self, nbytes: int, seconds: float) -> None:
+        rate = nbytes / max(seconds, 1e-6)
+        before = self._nbytes_per_s
+        self._nbytes_per_s = before + _WEIGHT * (rate - before) if before else rate

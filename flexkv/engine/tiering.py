@@ -1,0 +1,220 @@
+"""The host tier and what is below it, as the engine sees them: SSD, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flexkv.blocks import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from flexkv.blocks import BlockKey, Blocks, KVLayout
+    from flexkv.config import Config
+    from flexkv.engine.disk import Disk
+    from flexkv.engine.rising import Rising, Risings
+    from flexkv.engine.runs import Lease
+    from flexkv.engine.shared_index import SharedIndex
+    from flexkv.engine.stats import TierStats
+    from flexkv.engine.stores import Stores
+    from flexkv.engine.transfers import Transfers
+    from flexkv.engine.write_through import WriteThrough
+    from flexkv.events.log import EventLog
+    from flexkv.events.types import BlockStored, Event
+    from flexkv.tiers.host import HostPool
+
+_HOST_SHARE = 4  # of the host tier, a quarter may wait for the SSD: the rest takes stores
+
+
+class Pin:
+    """Keeps ``num_blocks`` of a chain from eviction, in whatever tier they are."""
+
+    __slots__ = ("_leases", "num_blocks")
+
+    def __init__(self, num_blocks: int, leases: Sequence[tuple[SharedIndex, Lease]]) -> None:
+        self.num_blocks = num_blocks
+        self._leases = leases
+
+    def release(self) -> None:
+        """End it; once more does nothing. Any thread may."""
+        for index, lease in self._leases:
+            index.release(lease)
+
+
+class Tiering:
+    """Loads from host, and the tiers below it. Without ``enable_ssd`` every call is a no-op."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: KVLayout,
+        identity: Mapping[str, object] | None,
+        host: SharedIndex,
+        announce: Callable[[Sequence[Event]], None],
+    ) -> None:
+        self._config = config
+        self._host = host
+        self._block_nbytes = layout.block_nbytes * layout.num_ranks
+        self._disk: Disk | None = None
+        self._risings: Risings | None = None
+        self._writer: WriteThrough | None = None
+        if config.enable_flexkv and config.cache.enable_ssd:
+            from flexkv.engine.disk import Disk  # noqa: PLC0415  # needs Linux
+
+            self._disk = Disk(config.cache, layout, identity, announce)
+
+    @property
+    def key_nbytes(self) -> int:
+        """The width of the keys of what is kept here; 0: not known yet."""
+        return 0 if self._disk is None else self._disk.key_nbytes
+
+    @property
+    def lanes(self) -> Mapping[str, int]:
+        """Bytes in flight from SSD to host, and waiting for the other way."""
+        if self._risings is None or self._writer is None:
+            return {}
+        return {"rise": self._risings.nbytes_in_flight, "sink": self._writer.nbytes}
+
+    async def open(
+        self, pool: HostPool, stores: Stores, tasks: asyncio.TaskGroup, events: EventLog
+    ) -> None:
+        """Bring back what was kept; then write what is offered, in a task of ``tasks``.
+
+        Raises:
+            ConfigError: a folder can't be used.
+        """
+        disk, cache = self._disk, self._config.cache
+        if disk is None:
+            return
+        from flexkv.engine.rising import Risings  # noqa: PLC0415  # only where there is an SSD
+        from flexkv.engine.write_through import WriteThrough  # noqa: PLC0415  # as above
+
+        await disk.open(pool)
+        events.begin_with(self.walk())
+        host_nbytes = pool.num_slots * self._block_nbytes
+        self._writer = WriteThrough(
+            disk,
+            self._host,
+            block_nbytes=self._block_nbytes,
+            max_nbytes=min(cache.ssd_write_queue_bytes, host_nbytes // _HOST_SHARE),
+            second_sight=cache.ssd_admission == "second_sight",
+        )
+        self._risings = Risings(disk, self._host, stores, self._config, self._block_nbytes, tasks)
+        self._writing = tasks.create_task(self._writer.run())
+
+    def match(self, blocks: Blocks) -> dict[Tier, int]:
+        """How much of ``blocks`` could be loaded from host, and beyond that from each tier."""
+        num_host = self._host.match(blocks).num_blocks
+        return {Tier.HOST: num_host, **self._share(self._num_usable(blocks, num_host) - num_host)}
+
+    def pin(self, blocks: Blocks) -> Pin:
+        """Protect what could be loaded of ``blocks``; any thread may ask."""
+        host_lease = self._host.lease(blocks)
+        num_host = host_lease.num_blocks
+        leases: list[tuple[SharedIndex, Lease]] = [(self._host, host_lease)]
+        num_blocks = self._num_usable(blocks, num_host)
+        if num_blocks > num_host and self._disk is not None:
+            index = self._disk.index
+            leases.append((index, index.lease(blocks.part(0, num_blocks))))
+            num_blocks = max(num_host, leases[-1][1].num_blocks)
+        return Pin(num_blocks, leases)
+
+    async def load(
+        self,
+        transfers: Transfers,
+        blocks: Blocks,
+        block_ids: Sequence[int],
+        first: int,
+        marks: Mapping[int, object],
+    ) -> tuple[dict[Tier, int], int]:
+        """Load ``blocks[first:]``: how many came from each tier, and how many were expected."""
+        plan = self._host.plan_load(blocks, first)
+        num_expected = len(plan.slots)
+        num_below = 0
+        try:
+            with self._rising(blocks) as rising:
+                num_host = await transfers.load(plan.slots, block_ids, marks)
+                if rising is not None:
+                    num_expected = max(num_expected, rising.num_blocks - first)
+                    if num_host == len(plan.slots):
+                        num_below = await rising.load(transfers, block_ids, first, num_host, marks)
+        finally:
+            self._host.release(plan.lease)
+        return {Tier.HOST: num_host, **self._share(num_below)}, num_expected
+
+    async def prefetch(self, blocks: Blocks) -> None:
+        """Bring up into host what is not there."""
+        with self._rising(blocks) as rising:
+            if rising is not None:
+                await rising.finish()
+
+    def touch(self, blocks: Blocks) -> None:
+        """What is here of ``blocks`` was used just now; any thread may say so."""
+        if self._disk is not None:
+            self._disk.index.touch(blocks)
+
+    def offer(self, blocks: Blocks) -> None:
+        """Copy what host holds of ``blocks`` down, in the background."""
+        if self._writer is not None:
+            self._writer.offer(blocks)
+
+    def forget(self) -> None:
+        """Nothing is here any more; announces nothing."""
+        if self._disk is not None and self._writer is not None:
+            self._writer.clear()
+            self._disk.clear()
+
+    async def flush(self) -> None:
+        """What was offered or forgotten so far has been written, or waits for too long."""
+        if self._writer is not None:
+            await self._writer.settled(self._config.transfers.deadline_s)
+
+    def walk(self) -> Iterator[BlockStored]:
+        """Everything resident, parents first."""
+        return iter(()) if self._disk is None else self._disk.index.walk()
+
+    def residency(self, tier: Tier) -> set[BlockKey]:
+        """The keys of everything resident in ``tier``."""
+        return self._disk.index.residency() if self._disk and tier == Tier.SSD else set()
+
+    def stats(self, digest: object) -> dict[Tier, TierStats]:
+        """The SSD tier's numbers; ``digest`` is that of what is resident there."""
+        return {} if self._disk is None else {Tier.SSD: self._disk.index.stats(digest)}
+
+    async def settle(self, timeout_s: float) -> int:
+        """Let reads and writes end; how many still run."""
+        if self._risings is None or self._writer is None:
+            return 0
+        num_running = await self._risings.settle(timeout_s)
+        if not await self._writer.settled(timeout_s):
+            self._writer.drop()
+            num_running += not await self._writer.settled(timeout_s)
+        return num_running
+
+    async def close(self) -> None:
+        """End the writer, write the last journal, let go of the disk."""
+        if self._disk is None:
+            return
+        if self._writer is not None:
+            self._writer.close()
+            await asyncio.wait([self._writing])
+        await self._disk.close()
+
+    def _num_usable(self, blocks: Blocks, num_host: int) -> int:
+        return num_host if self._risings is None else self._risings.num_usable(blocks, num_host)
+
+    def _share(self, num_blocks: int) -> dict[Tier, int]:
+        return {} if self._disk is None else {Tier.SSD: num_blocks}
+
+    @contextmanager
+    def _rising(self, blocks: Blocks) -> Iterator[Rising | None]:
+        """Bring up what is not in host; None: there is nothing. All of it was used just now."""
+        self.touch(blocks)
+        rising = None if self._risings is None else self._risings.begin(blocks)
+        try:
+            yield rising
+        finally:
+            if rising is not None:
+                rising.end()
