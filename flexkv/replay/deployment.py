@@ -144,7 +144,8 @@ class FakeWorker:
     """A process that a router takes for a worker: it has a model card and no KV events.
 
     ``endpoint``: namespace.component.endpoint. ``relayed``: a ZMQ address from which Dynamo's
-    relay takes vLLM's event stream. ``worker_id`` is known inside the ``async with``.
+    relay takes vLLM's event stream. ``model``: the folder of the model's files, which workers that
+    a frontend may choose between must share. ``worker_id`` is known inside the ``async with``.
 
     Raises:
         FeedError: it did not register in time.
@@ -159,12 +160,14 @@ class FakeWorker:
         endpoint: str = "flexkv.backend.generate",
         num_ranks: int = 1,
         relayed: str | None = None,
+        model: Path | None = None,
         deadline_s: float = 30.0,
     ) -> None:
         self._variables = dynamo_variables(nats_url, discovery_path)
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
         self._num_ranks = num_ranks
+        self._model = model
         self._relayed = ["--zmq", relayed] if relayed is not None else []
         self._deadline_s = deadline_s
         self._folder = Path()
@@ -175,7 +178,8 @@ class FakeWorker:
         self._folder = Path(tempfile.mkdtemp(prefix="flexkv-worker-"))
         # as a file: it needs nothing of flexkv, whose import takes a second
         program = [sys.executable, "-P", str(Path(__file__).with_name("worker_card.py"))]
-        sizes = [str(self._tokens_per_block), str(self._folder / "model"), str(self._num_ranks)]
+        model = self._model or self._folder / "model"
+        sizes = [str(self._tokens_per_block), str(model), str(self._num_ranks)]
         arguments = [self._endpoint, *sizes, *self._relayed]
         pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(

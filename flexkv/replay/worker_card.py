@@ -66,7 +66,8 @@ def write_model(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-async def _no_answer(_request: Any, _context: Any) -> AsyncIterator[Any]:
+async def _no_answer(request: Any, context: Any) -> AsyncIterator[Any]:
+    del request, context  # their names are the protocol
     yield {"token_ids": [2], "finish_reason": "stop"}
 
 
@@ -100,7 +101,7 @@ async def _serve(
     card.max_num_batched_tokens = 8192
     await register_model(
         ModelInput.Tokens,
-        ModelType.Chat,
+        ModelType.Chat | ModelType.Completions,
         endpoint,
         str(model),
         model.name,

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,12 +14,14 @@ from flexkv.blocks import Tier
 from flexkv.errors import FeedError
 from flexkv.events.audit import Collector, chunks
 from flexkv.events.feed import RecoverableFeed
-from flexkv.events.log import EventLog
 from flexkv.events.types import BlockStored
 from flexkv.replay.verify import sentences, verify
 from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flexkv.events.log import EventLog
     from flexkv.replay.deployment import FakeWorker, NatsServer
 
 
@@ -48,6 +50,20 @@ async def test_a_router_that_believes_the_truth_agrees(
         )
 
 
+class Liar:
+    """A log whose dump is another one: routers ask it."""
+
+    def __init__(self, log: EventLog, told: list[BlockStored]) -> None:
+        self._log = log
+        self._told = told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def dump(self) -> tuple[int, Iterator[BlockStored]]:
+        return self._log.last_id, iter(self._told)
+
+
 async def test_a_planted_difference_of_each_kind_is_found(
     nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
 ) -> None:
@@ -57,14 +73,9 @@ async def test_a_planted_difference_of_each_kind_is_found(
     shelf.store(never_told)
     planted = BlockStored(never_taken_back, Tier.SSD)
     async with feeding(shelf, config) as sink:
-        liar = EventLog(
-            ring=1,
-            max_event_blocks=99,
-            walk=lambda: iter([e for e in shelf._walk() if e.blocks != never_told] + [planted]),
-        )
-        liar.last_id = shelf.log.last_id
+        told = [event for event in shelf._walk() if event.blocks != never_told]
         assert isinstance(sink._feed, RecoverableFeed)
-        sink._feed._answers._source = liar  # routers ask this one
+        sink._feed._answers._source = Liar(shelf.log, [*told, planted])
         (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
     assert found.missing == {"host_pinned": never_told.router_hashes()}
     assert found.surplus == {"disk": never_taken_back.router_hashes()}
