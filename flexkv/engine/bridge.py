@@ -73,13 +73,18 @@ class LoopThread:
         """What ``work`` returns, called by the loop.
 
         Raises:
+            FlexKVError: what ``work`` raised.
             EngineClosedError: the loop has ended, or did not get round to it in time.
         """
         answer: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def answering() -> None:
-            if answer.set_running_or_notify_cancel():
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
                 answer.set_result(work())
+            except FlexKVError as error:
+                answer.set_exception(error)
 
         if self.call(answering):
             try:

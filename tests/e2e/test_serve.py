@@ -98,8 +98,7 @@ def test_a_reset_server_answers_from_the_host(bench: Bench, tmp_path: Path, conn
         metrics = server.metrics()
     assert metrics["vllm:external_prefix_cache_hits_total"] >= 64
     if connector == "own":
-        counted = {name: value for name, value in metrics.items() if "flexkv" in name}
-        assert any(value > 0 for value in counted.values()), counted
+        assert metrics["vllm:flexkv_loaded_blocks_total"] >= 2
 
 
 @pytest.mark.parametrize("connector", ["stock", later("own")])

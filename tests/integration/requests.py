@@ -26,6 +26,7 @@ class Request:
     lora_request: Any = None
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
+    prompt: int | None = None
     block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -34,6 +35,10 @@ class Request:
     def set_tokens(self, token_ids: list[int]) -> None:
         self.all_token_ids = token_ids
         self.block_hashes = hashes_of(token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.num_tokens if self.prompt is None else self.prompt
 
     @property
     def num_tokens(self) -> int:

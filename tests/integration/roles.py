@@ -52,7 +52,6 @@ def settings(endpoint: str, *, num_host_blocks: int = 32, **other: Any) -> VllmS
         "rank": 0,
         "dp_rank": 0,
         "publishes": False,
-        "events_endpoint": None,
     }
     return VllmSettings(**(given | other))
 

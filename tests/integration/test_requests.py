@@ -98,3 +98,17 @@ def test_what_a_request_begins_with_is_storable_after_its_first_step() -> None:
     assert state.num_storable() == 3
     state.restart()
     assert state.num_storable() == 0
+
+
+def test_a_prompt_is_stored_at_once_and_what_follows_by_the_handful() -> None:
+    request = Request(list(range(200)), prompt=22)
+    state = state_of(request)
+    state.begin()
+    worth = []
+    for num_computed in range(1, 120):
+        request.num_computed_tokens = num_computed
+        if state.has_news():
+            worth.append(num_computed)
+            state.num_handed = state.num_storable()
+    # the prompt's five full blocks as they come, then eight at a time
+    assert worth == [4, 8, 12, 16, 20, 52, 84, 116]

@@ -31,6 +31,7 @@ def vllm_config(**parallel: Any) -> Any:
         ),
         cache_config=SimpleNamespace(block_size=16, prefix_caching_hash_algo="sha256"),
         kv_events_config=None,
+        model_config=SimpleNamespace(enable_sleep_mode=False),
     )
 
 
@@ -83,12 +84,24 @@ def test_ranks_of_a_dense_model_have_their_own_too(configured: Any) -> None:
     assert settings_of(vllm_config(data_parallel_index=0)).endpoint == "ipc:///tmp/x"
 
 
+def test_no_two_data_parallel_ranks_share_a_feed(configured: Any) -> None:
+    configured({"events": {"recovery_port": 9000, "zmq_replay_endpoint": "tcp://127.0.0.1:6000"}})
+    ranks = [
+        settings_of(vllm_config(data_parallel_size=2, data_parallel_rank=rank)).config.events
+        for rank in (0, 1)
+    ]
+    for name in ("dp_rank", "zmq_endpoint", "zmq_replay_endpoint", "recovery_port"):
+        assert getattr(ranks[0], name) != getattr(ranks[1], name), name
+
+
 def test_blocks_that_span_ranks_or_hashes_are_declined() -> None:
-    assert unsupported(vllm_config()) is None
-    assert "decode_context" in str(unsupported(vllm_config(decode_context_parallel_size=2)))
+    assert unsupported(vllm_config(), follows_sleep=False) is None
+    assert "decode_context" in str(
+        unsupported(vllm_config(decode_context_parallel_size=2), follows_sleep=True)
+    )
     config = vllm_config()
     config.cache_config.hash_block_size = 8
-    assert "hashes 8" in str(unsupported(config))
+    assert "hashes 8" in str(unsupported(config, follows_sleep=True))
 
 
 def test_keys_that_change_with_every_start_are_named(
@@ -147,7 +160,7 @@ def test_discovery_without_a_record_names_the_remedy(
 ) -> None:
     configured(None, **DYNAMO, DYN_DISCOVERY_BACKEND="kubernetes")
     assert chosen(caplog) == "none"
-    assert "DYN_DISCOVERY_BACKEND" in caplog.text
+    assert "DYN_DISCOVERY_BACKEND" in settings_of(vllm_config()).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -164,3 +177,10 @@ def test_a_sink_that_does_not_go_with_vllms_events_is_refused(
     configured({"cache_config": {}, "events": {"sink": sink, "worker_id": 7}})
     with pytest.raises(ConfigError, match=text):
         chosen(caplog, publishes=publishes)
+
+
+def test_a_sleep_that_nobody_tells_of_is_declined() -> None:
+    config = vllm_config()
+    config.model_config.enable_sleep_mode = True
+    assert "sleep mode" in str(unsupported(config, follows_sleep=False))
+    assert unsupported(config, follows_sleep=True) is None

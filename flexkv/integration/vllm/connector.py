@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from flexkv.config import Config
 from flexkv.integration.vllm.layouts import block_outermost_layout
 from flexkv.integration.vllm.metadata import FlexKVMetadata
 from flexkv.integration.vllm.specs import reason_to_decline_groups
@@ -32,6 +33,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):  # type: ignor
     """
 
     _forwards_reset = True
+    _follows_sleep = hasattr(KVConnectorBase_V1, "unregister_kv_caches")  # since 0.33
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
@@ -71,6 +73,12 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):  # type: ignor
 
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
 
+    def build_connector_meta(self, scheduler_output: Any) -> FlexKVMetadata:
+        """What the workers have to know of this step."""
+        if scheduler_output.num_scheduled_tokens:
+            self._push_until_s = None  # not idle
+        return super().build_connector_meta(scheduler_output)
+
     def has_pending_push_work(self) -> bool:
         """Whether vLLM should step once more although it is idle: events wait to be taken."""
         if self._feed is None or not self._feed.num_waiting:
@@ -95,7 +103,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):  # type: ignor
     @classmethod
     def get_required_kvcache_layout(cls, _vllm_config: Any) -> str | None:
         """Blocks outermost where that is possible: one copy for each block, without staging."""
-        if multi_connector_config() is not None:
+        if multi_connector_config() is not None or not Config.load().enable_flexkv:
             return None  # another layout than its siblings' stops vLLM
         return block_outermost_layout()
 

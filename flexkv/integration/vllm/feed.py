@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flexkv.errors import ConfigError
 from flexkv.events.zmq import ZmqSink
 from flexkv.integration.vllm.stream import StreamSink
+from flexkv.integration.vllm.tolerant_sink import TolerantSink
 from flexkv.integration.vllm.worker_sink import WorkerSink
 
 if TYPE_CHECKING:
@@ -38,8 +39,15 @@ class Feed:
         """See from a step's output where vLLM keeps its blocks."""
         if self._pool is None and self._stream is not None:
             resolve = scheduler_output.kv_connector_block_state.resolve_block_ids
-            self._pool = resolve.__self__.block_pool  # no other way for the built-in class
-            self._index = self._pool.cached_block_hash_to_block
+            manager = getattr(resolve, "__self__", None)  # no other way for the built-in class
+            self._pool = getattr(manager, "block_pool", None)
+            self._index = getattr(self._pool, "cached_block_hash_to_block", None)
+            if self._index is None:
+                self._stream = None
+                _log.error(
+                    "flexkv's events stay out of vLLM's stream: this vLLM keeps its blocks in "
+                    "another way, so a reset of its prefix cache could not be seen"
+                )
 
     def take_events(self) -> Iterable[Any]:
         """Events of vLLM's kind for the step that ends now; they follow those of the GPU's blocks.
@@ -73,7 +81,7 @@ def feed_of(settings: VllmSettings) -> Feed:
     if kind == "auto":
         kind, why = _chosen(settings)
     else:
-        why = "events.sink says so"
+        why = "the settings say so"
     if kind == "nats" and settings.publishes:
         raise ConfigError(
             "events.sink is nats, but vLLM publishes KV events too, and a router takes one source "
@@ -88,7 +96,7 @@ def feed_of(settings: VllmSettings) -> Feed:
     if kind == "nats":
         return Feed([WorkerSink(events)])
     if kind == "zmq":
-        return Feed([ZmqSink(events)])
+        return Feed([TolerantSink(ZmqSink(events))])
     if kind == "vllm":
         stream = StreamSink()
         return Feed([stream], stream)

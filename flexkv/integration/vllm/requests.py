@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexkv.blocks import Blocks
-from flexkv.integration.vllm.extra_keys import extra_keys_of
+from flexkv.integration.vllm.extra_keys import extra_keys_of, has_extra_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from flexkv.blocks import ExtraKeys
     from flexkv.engine.tiering import Pin
+
+
+_HANDFUL = 8  # blocks: each store costs about a millisecond, whatever its size
 
 
 class RequestState:
@@ -27,6 +31,7 @@ class RequestState:
         self.num_local = 0  # blocks that the GPU had at the latest look-up
         self.num_handed = 0  # leading blocks handed over to be stored
         self.pin: Pin | None = None
+        self.is_offered = False  # a load of what is behind ``num_local``
         self.is_counted = False
         self.is_running = False  # it has been scheduled since it last waited
         self.num_begun_with = 0  # tokens that it did not compute itself since then
@@ -34,6 +39,7 @@ class RequestState:
         self.was_promised = False  # a load, since it last ran
         self._keys = bytearray()
         self._token_ids = bytearray()
+        self._extra_keys: list[ExtraKeys] = []
         self._chain = Blocks(b"", b"", tokens_per_block=block_size)
 
     def chain(self, num_blocks: int | None = None) -> Blocks:
@@ -59,6 +65,14 @@ class RequestState:
         num_tokens: int = min(num_processed, request.num_tokens - 1)
         return max(0, num_tokens) // self.block_size
 
+    def has_news(self) -> bool:
+        """Whether it is worth a store now: the prompt's blocks at once, others by the handful."""
+        num_storable, num_handed = self.num_storable(), self.num_handed
+        prompt = self.request.num_prompt_tokens // self.block_size
+        if num_handed < min(num_storable, prompt):
+            return True
+        return num_storable - num_handed >= _HANDFUL
+
     def begin(self) -> None:
         """It is scheduled for the first time since it waited."""
         self.is_running = True
@@ -82,6 +96,9 @@ class RequestState:
         self._keys += b"".join(hashes[known:])
         tokens = self.request.all_token_ids[known * num_tokens : len(hashes) * num_tokens]
         self._token_ids += np.asarray(tokens, "<u4").tobytes()
+        if has_extra_keys(self.request):
+            del self._extra_keys[known:]
+            self._extra_keys += extra_keys_of(self.request, num_tokens, known, len(hashes))
         lora = self.request.lora_request
         return Blocks(
             bytes(self._keys),
@@ -90,5 +107,5 @@ class RequestState:
             key_nbytes=width,
             namespace=self.request.cache_salt,
             lora=lora.lora_name if lora is not None else None,
-            extra_keys=extra_keys_of(self.request, num_tokens, len(hashes)),
+            extra_keys=tuple(self._extra_keys) if any(self._extra_keys) else None,
         )

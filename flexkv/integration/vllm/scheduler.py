@@ -50,6 +50,7 @@ class SchedulerRole:
         state.restart()
         state.num_local = num_computed // self._block_size
         self._unpin(state)
+        state.is_offered = False
         # at least one token must be left to compute
         chain = state.chain((request.num_tokens - 1) // self._block_size)
         # One that waits again without having run has failed to load. Offering a load once more can
@@ -64,18 +65,20 @@ class SchedulerRole:
             self._service.release(lease)
             return 0, False
         state.pin = lease
+        state.is_offered = True
         self._pinned.add(state)
         return num_new * self._block_size, True
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external: int) -> None:
         """The request has its GPU blocks; load what was offered, as far as vLLM took it."""
         state = self._state(request)
-        if not num_external or state.pin is None:
+        if not num_external or not state.is_offered:
             return
-        pin, state.pin = state.pin, None
-        self._pinned.discard(state)
+        state.is_offered = False
         first = state.num_local
         last = first + -(-num_external // self._block_size)
+        pin, state.pin = state.pin, None  # None: vLLM took its time; what is gone counts as failed
+        self._pinned.discard(state)
         block_ids = list(blocks.get_block_ids()[0][first:last])
         request_id = request.request_id
         job_id = self._service.load(
@@ -148,7 +151,7 @@ class SchedulerRole:
         if not state.is_running:
             state.begin()
             self._service.touch(state.chain())
-        if state.num_storable() > state.num_handed:
+        if state.has_news():
             block_ids = block_state.get_block_ids(state.request.request_id)
             if block_ids is not None:
                 self._store(state, block_ids[0])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from flexkv.blocks import KVLayout, Tier
 from flexkv.engine.bridge import LoopThread
 from flexkv.engine.engine import Engine
-from flexkv.errors import EngineClosedError, FlexKVError
+from flexkv.errors import FlexKVError
 from flexkv.link.errors import LinkError
 from flexkv.link.messages import LoadDone, StoresDone, pack_ids
 from flexkv.link.server import LinkServer
@@ -120,7 +120,7 @@ class EngineService:
         block_ids: Sequence[int],
         first: int,
         step: int,
-        pin: Pin,
+        pin: Pin | None,
     ) -> int:
         """Begin to load ``blocks[first:]``, after the workers have begun ``step``. The job's id.
 
@@ -146,8 +146,10 @@ class EngineService:
     def discard(self, request_id: str) -> None:
         """The request's GPU blocks are no longer its own: keep nothing that comes from them."""
         with self._lock:
-            for store in self._stores.pop(request_id, ()):
+            for store in self._stores.get(request_id, ()):
                 store.keep = False
+            if request_id not in self._finishing:  # else the workers wait to hear of its end
+                self._stores.pop(request_id, None)
 
     def finish(self, request_id: str) -> bool:
         """The request has ended. True: stores run; the workers will hear when they have ended."""
@@ -159,9 +161,13 @@ class EngineService:
 
     def clear(self) -> bool:
         """Forget everything. False if the engine does not answer; without one all is forgotten."""
+        with self._lock:  # a store that has not begun would begin after the clear
+            for stores in self._stores.values():
+                for store in stores:
+                    store.keep = False
         try:
             self._thread.ask(self._clear, _CLEAR_S)
-        except EngineClosedError as error:
+        except FlexKVError as error:
             if self._thread.alive:
                 _log.error("the cache was not cleared: %s", error)
                 return False
@@ -196,7 +202,7 @@ class EngineService:
         block_ids: Sequence[int],
         first: int,
         step: int,
-        pin: Pin,
+        pin: Pin | None,
     ) -> None:
         missing: Sequence[int] = block_ids
         try:
@@ -206,7 +212,8 @@ class EngineService:
         except FlexKVError as error:
             _log.warning("a load failed, its blocks are computed again: %s", error)
         finally:
-            self.release(pin)
+            if pin is not None:
+                self.release(pin)
             if self._server is not None:
                 self._server.tell(LoadDone(job_id, request_id, pack_ids(missing)))
 

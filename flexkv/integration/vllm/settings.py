@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 class VllmSettings:
     """One role's view: the same ``endpoint`` and ``engine_id`` on both sides of the link.
 
-    ``publishes``: vLLM's own KV events are on, at ``events_endpoint`` if that is a server's.
+    ``publishes``: vLLM's own KV events are on. ``notes``: for the log.
     """
 
     config: Config
@@ -33,7 +33,7 @@ class VllmSettings:
     rank: int
     dp_rank: int
     publishes: bool
-    events_endpoint: str | None
+    notes: tuple[str, ...] = ()
     identity: Mapping[str, object] | None = None
 
 
@@ -46,7 +46,8 @@ def settings_of(vllm_config: Any) -> VllmSettings:
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     dp_rank = _dp_rank(parallel, transfer.engine_id)
-    config = _for_vllm(Config.load(), block_size, dp_rank)
+    given = Config.load()
+    config = _for_vllm(given, block_size, dp_rank)
     endpoint = config.server_recv_port
     if endpoint is None:
         endpoint = default_endpoint(transfer.engine_id, dp_rank)
@@ -63,13 +64,21 @@ def settings_of(vllm_config: Any) -> VllmSettings:
         rank=parallel.rank,
         dp_rank=dp_rank or 0,
         publishes=publishes,
-        events_endpoint=_publisher(events.endpoint, dp_rank or 0) if publishes else None,
+        notes=given.notes,
         identity=identity_of(vllm_config) if config.cache.enable_ssd else None,
     )
 
 
-def unsupported(vllm_config: Any) -> str | None:
-    """Why flexkv can't serve this vLLM at all; None if it can, as far as is known here."""
+def unsupported(vllm_config: Any, *, follows_sleep: bool) -> str | None:
+    """Why flexkv can't serve this vLLM at all; None if it can, as far as is known here.
+
+    ``follows_sleep``: vLLM tells the connector before it unmaps the KV caches.
+    """
+    if vllm_config.model_config.enable_sleep_mode and not follows_sleep:
+        return (
+            "sleep mode unmaps the KV caches, and this vLLM does not tell this connector: turn it "
+            "off, or take flexkv.integration.vllm.connector with vLLM 0.33"
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
@@ -103,7 +112,7 @@ def _dp_rank(parallel: Any, engine_id: str) -> int | None:
 
 
 def _for_vllm(config: Config, block_size: int, dp_rank: int | None) -> Config:
-    """``config`` for vLLM's block size; NATS is never required under vLLM."""
+    """``config`` for vLLM's block size and rank; NATS is never required under vLLM."""
     cache = config.cache
     if "tokens_per_block" in cache.model_fields_set and cache.tokens_per_block != block_size:
         raise ConfigError(
@@ -115,22 +124,26 @@ def _for_vllm(config: Config, block_size: int, dp_rank: int | None) -> Config:
         folders = tuple(f"{folder.rstrip('/')}/dp{dp_rank}" for folder in folders)
     changed = {"tokens_per_block": block_size, "ssd_cache_dir": folders}
     cache = type(cache)(**_given(cache) | changed)
-    events = EventsConfig(**_given(config.events) | {"nats_required": False})
-    made = Config(**_given(config) | {"cache": cache, "events": events})
-    for note in config.notes:
-        _log.warning("%s", note)
-    return made
+    events = EventsConfig(
+        **_given(config.events) | {"nats_required": False} | _of_rank(config.events, dp_rank)
+    )
+    return Config(**_given(config) | {"cache": cache, "events": events})
+
+
+def _of_rank(events: EventsConfig, dp_rank: int | None) -> dict[str, Any]:
+    """What of the feed's settings no two data-parallel ranks may share."""
+    if dp_rank is None:
+        return {}
+    own: dict[str, Any] = {
+        "dp_rank": dp_rank,
+        "zmq_endpoint": with_dp_rank(events.zmq_endpoint, dp_rank),
+    }
+    if events.zmq_replay_endpoint is not None:
+        own["zmq_replay_endpoint"] = with_dp_rank(events.zmq_replay_endpoint, dp_rank)
+    if events.recovery_port:
+        own["recovery_port"] = events.recovery_port + dp_rank
+    return own
 
 
 def _given(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.model_fields_set}
-
-
-def _publisher(endpoint: str, dp_rank: int) -> str | None:
-    """Where to subscribe to vLLM's own events; None if its publisher dials out itself."""
-    if endpoint.startswith("ipc://"):
-        return endpoint
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    if host in {"*", "[::]", "::"} and port.isdecimal():
-        return f"tcp://127.0.0.1:{int(port) + dp_rank}"
-    return None

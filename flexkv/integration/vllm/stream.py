@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexkv.blocks import BlockKey, Tier
-from flexkv.events.types import AllBlocksCleared
+from flexkv.events.types import AllBlocksCleared, split
 from flexkv.integration.vllm.net_changes import NetChanges, Stored
 
 if TYPE_CHECKING:
@@ -114,8 +114,9 @@ class StreamSink:
                 return
             _, resident = self._source.dump()
             for event in resident:
-                self._add(event)
-                await asyncio.sleep(0)
+                for piece in split(event, MAX_BLOCKS):
+                    self._add(piece)
+                    await asyncio.sleep(0)
 
 
 def _stored(stored: Stored) -> Any:

@@ -37,6 +37,7 @@ class FlexKVConnectorV1Impl:
     """
 
     _forwards_reset = False
+    _follows_sleep = False
 
     def __init__(self, vllm_config: Any, role: Any) -> None:
         join_vllms_log()
@@ -47,8 +48,10 @@ class FlexKVConnectorV1Impl:
         self._worker: WorkerRole | None = None
         settings = settings_of(vllm_config)
         if not settings.config.enable_flexkv:
-            _log.warning("enable_flexkv is false: the connector does nothing")
-        elif reason := unsupported(vllm_config) or self._reason_to_decline():
+            _log.info("enable_flexkv is false: the connector does nothing")
+        elif reason := (
+            unsupported(vllm_config, follows_sleep=self._follows_sleep) or self._reason_to_decline()
+        ):
             _log.error("flexkv's cache is off: %s", reason)
         elif role.name == "SCHEDULER":
             self._begin_to_schedule(settings)
@@ -141,10 +144,13 @@ class FlexKVConnectorV1Impl:
         wanted = settings.config.load_failure_policy
         offers_loads = _recompute_failed_loads(self._flexkv_config, wanted)
         warn_of_keys(self._flexkv_config)
+        for note in settings.notes:
+            _log.warning("%s", note)
         if not self._forwards_reset:
-            _log.info(
-                "FlexKVConnectorV1 does not pass on vLLM's reset of the connector's cache: flexkv "
-                "keeps its blocks; flexkv.integration.vllm.connector does"
+            _log.warning(
+                "FlexKVConnectorV1 does not pass on vLLM's reset of the connector's cache, so that "
+                "after an update of the weights flexkv would serve the old ones' blocks; the class "
+                "in flexkv.integration.vllm.connector does"
             )
         self._feed = feed_of(settings)
         self._service = EngineService(settings, self._feed.sinks)
@@ -196,7 +202,8 @@ def multi_connector_config() -> Any:
     while frame is not None:
         caller = frame.f_locals.get("self", frame.f_locals.get("cls"))
         kind = caller if isinstance(caller, type) else type(caller)
-        if kind.__name__ == "MultiConnector" and "vllm_config" in frame.f_locals:
+        is_multi = any(base.__name__ == "MultiConnector" for base in kind.__mro__)
+        if is_multi and "vllm_config" in frame.f_locals:
             return frame.f_locals["vllm_config"].kv_transfer_config
         frame = frame.f_back
     return None

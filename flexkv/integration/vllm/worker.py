@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from flexkv.engine.bridge import LoopThread
-from flexkv.errors import LayoutError
+from flexkv.errors import EngineClosedError, LayoutError
 from flexkv.integration.vllm.specs import reason_to_decline
 from flexkv.link.client import LinkClient
 from flexkv.link.messages import LoadDone, StoresDone, unpack_ids
@@ -53,6 +53,7 @@ class WorkerRole:
         self._stored: set[str] = set()  # of these, the engine is done with
         self._finished: set[str] = set()  # of these, vLLM told us
         self._failed_block_ids: set[int] = set()
+        self._given_up: set[str] = set()  # requests whose load has failed, to be reported
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], vllm_config: Any) -> None:
         """Copy to and from these caches from now on; dials the engine in the background."""
@@ -65,6 +66,9 @@ class WorkerRole:
     def unregister_kv_caches(self) -> None:
         """Let go of the caches, once running copies have ended."""
         self.shutdown()
+        if self._copier is not None:
+            self._copier.abandon()
+        self._give_up()  # the engine is not going to say more of what it has promised
         self._thread = self._client = self._copier = None
 
     def restore_kv_caches(self) -> None:
@@ -92,8 +96,13 @@ class WorkerRole:
             mark=lambda: self._mark,
             huge_pages=settings.config.transfers.huge_pages,
         )
-        self._thread = LoopThread(f"flexkv-worker-{settings.rank}", self._serve)
-        self._thread.start(_START_S)
+        thread = LoopThread(f"flexkv-worker-{settings.rank}", self._serve)
+        try:
+            thread.start(_START_S)
+        except EngineClosedError as error:
+            _log.error("flexkv's cache is off: %s", error)
+            return
+        self._thread = thread
 
     def start_step(self, metadata: FlexKVMetadata) -> None:
         """The model's work of this step is in its stream: loads that wait for it may begin."""
@@ -112,7 +121,7 @@ class WorkerRole:
     def get_finished(self, finished: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests that are sent, and requests whose load has ended, each once."""
         self._finished |= finished & self._keeping
-        received: set[str] = set()
+        received, self._given_up = self._given_up, set()
         while self._notes:
             note = self._notes.popleft()
             if isinstance(note, StoresDone):
@@ -124,7 +133,9 @@ class WorkerRole:
         for job_id in self._early.keys() & self._loads.keys():
             self._end_load(self._early.pop(job_id), received)
         if self._loads or self._keeping:
-            self._give_up_if_cut_off(received)
+            self._give_up_if_cut_off()
+            received |= self._given_up
+            self._given_up = set()
         sent = self._finished & self._stored
         self._finished -= sent
         self._stored -= sent
@@ -146,15 +157,18 @@ class WorkerRole:
         received.add(job.request_id)
         self._failed_block_ids.update(unpack_ids(note.missing))
 
-    def _give_up_if_cut_off(self, received: set[str]) -> None:
-        """Where nobody copies any more: what was promised has failed, what is kept is free."""
+    def _give_up_if_cut_off(self) -> None:
         if self._thread is not None and self._thread.alive:
             return
         if self._copier is not None:
             self._copier.abandon()  # the thread may have died in the middle of a copy
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Nobody copies any more: what was promised has failed, what is kept is free."""
         for job in self._loads.values():
             self._failed_block_ids.update(job.block_ids)
-            received.add(job.request_id)
+            self._given_up.add(job.request_id)
         self._loads.clear()
         self._stored |= self._keeping
 
