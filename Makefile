@@ -20,7 +20,7 @@ PART  ?= index feed install ssd$(if $(TRACE), trace)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint e2e bench bench-vllm nightly $(PARTS:%=nightly-%) clean
+.PHONY: help demo test lint e2e e2e-envs bench bench-vllm nightly $(PARTS:%=nightly-%) clean
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
@@ -38,8 +38,11 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-e2e: $(E2E)/.made $(E2E_031)/.made ## Real vLLM 0.32 and 0.31, with flexkv and without (PYTEST_ARGS="-k tiny" for some)
+e2e: e2e-envs ## Real vLLM 0.32 and 0.31, with flexkv and without (PYTEST_ARGS="-k tiny" for some)
 	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -n 2 --dist loadgroup -m "not nightly" tests/e2e $(PYTEST_ARGS)
+
+e2e-envs: # side by side: most of it is waiting
+	@printf '%s\n' $(E2E)/.made $(E2E_031)/.made | xargs -P 2 -n 1 $(MAKE)
 
 bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --json")
 	@failed=; for program in $(BENCHMARKS); do \
