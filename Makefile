@@ -61,10 +61,10 @@ nightly-index: $(VENV)/.dev ## 100,000 steps of the index against its model, 1,0
 	FLEXKV_HYPOTHESIS=nightly $(BIN)/pytest --timeout=0 tests/engine/test_index_model.py \
 	  tests/engine/test_engine_simulation.py $(PYTEST_ARGS)
 
-nightly-feed: $(VENV)/.dev ## 2,000 seeds of the feed through a lossy proxy, 200 with killed processes (25 minutes)
+nightly-feed: $(VENV)/.dev ## 2,000 seeds of the feed through a lossy proxy, 30 of an engine with SSD, 200 with killed processes (half an hour)
 	$(BIN)/pip install -q --no-deps ai-dynamo==1.6.1
 	FLEXKV_FEED_FUZZ=nightly $(BIN)/pytest --timeout=0 tests/dynamo/test_fuzz.py \
-	  tests/dynamo/test_fuzz_kills.py tests/dynamo/test_frontend.py $(PYTEST_ARGS)
+	  tests/dynamo/test_fuzz_engine.py tests/dynamo/test_fuzz_kills.py tests/dynamo/test_frontend.py $(PYTEST_ARGS)
 
 nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages (4 GB of disk for a while)
 	tests/install/check_install.sh vllm $(PYTHON)

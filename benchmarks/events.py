@@ -7,6 +7,7 @@ server run in this process. Every block that was announced is asked for: none ma
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -34,6 +35,8 @@ _TOKENS_PER_BLOCK = 16
 _DEADLINE_S = 60.0
 _RANDOM = np.random.default_rng(1)
 _OUTBOX = 65_536  # the default of events.outbox
+_STEADY_RATE = 20_000  # blocks per second
+_ONE_IN = 25
 
 
 class _Source:
@@ -101,6 +104,27 @@ class _Feed:
                 if self._sink.stats().num_blocks >= num_blocks:
                     return
 
+    async def steady(self, chains: list[Blocks], rate: float) -> tuple[list[float], float]:
+        """Tell of ``rate`` blocks per second. Latencies of one chain in 25, and the rate."""
+        latencies: list[float] = []
+
+        async def until_visible_since(blocks: Blocks, started: float) -> None:
+            await self.until_visible(blocks)
+            latencies.append(time.perf_counter() - started)
+
+        began = time.perf_counter()
+        num_blocks = 0
+        async with asyncio.TaskGroup() as tasks:
+            for i, blocks in enumerate(chains):
+                await asyncio.sleep(max(0.0, began + num_blocks / rate - time.perf_counter()))
+                if i % _ONE_IN == 0:
+                    tasks.create_task(until_visible_since(blocks, time.perf_counter()))
+                self._source.store(blocks)
+                self._sink.wake()
+                num_blocks += len(blocks)
+            seconds = time.perf_counter() - began
+        return latencies, num_blocks / seconds
+
     async def num_missing(self, chains: list[Blocks]) -> int:
         return sum([len(blocks) - await self.num_visible(blocks) for blocks in chains])
 
@@ -141,6 +165,21 @@ async def _measure(feed: _Feed, report: Report, num_blocks: int) -> None:
     report.add(f"gaps, {label}", feed.num_gaps() - before, "", target=0)
 
 
+async def _measure_steady(feed: _Feed, report: Report, num_blocks: int) -> None:
+    label = f"steady {_STEADY_RATE} blocks/s, {num_blocks} per event"
+    num_samples = 100 if report.quick else 1000
+    chains = _chains(_ONE_IN * num_samples, num_blocks)
+    gc.collect()
+    gc.freeze()  # the chains were made here, not by an engine
+    latencies, rate = await feed.steady(chains, _STEADY_RATE)
+    gc.unfreeze()
+    report.add(f"publish to visible, {label}, p50", 1e3 * median(latencies), "ms")
+    report.add(f"publish to visible, {label}, p99", 1e3 * percentile(latencies, 99), "ms", target=5)
+    least = 0.99 * _STEADY_RATE
+    report.add(f"rate, {label}", rate, "blocks/s", better="higher", target=least)
+    report.add(f"missing, {label}", await feed.num_missing(chains), "blocks", target=0)
+
+
 async def _main(report: Report) -> None:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -167,6 +206,8 @@ async def _main(report: Report) -> None:
         stack.push_async_callback(sink.close)
         feed = _Feed(source, sink, router, worker.worker_id)
         await feed.until_settled()
+        for num_blocks in (4, 16):
+            await _measure_steady(feed, report, num_blocks)
         for num_blocks in (1, 16, 64):
             await _measure(feed, report, num_blocks)
 

@@ -1,6 +1,7 @@
 """How soon a real Dynamo router believes the truth again after something went wrong.
 
-Log, sink and routers run in this process, nats-server in its own. The times are set by the
+Log, sink and routers run in this process, nats-server in its own, and so do the engines that are
+killed and the router without DYN_TCP_* variables. The times are set by the
 protocol (a beat a second, the routers' own clients) more than by the machine: they are compared
 with their targets as they are.
 """
@@ -19,71 +20,39 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from _feed_side import (
+    CHAIN_BLOCKS,
+    TOKENS_PER_BLOCK,
+    Engine,
+    Source,
+    events_config,
+    rounds_of_a_router,
+    until_believed,
+)
 from _report import Report, percentile
 
-from flexkv.blocks import Tier
-from flexkv.config import EventsConfig
 from flexkv.events.answers import Answers
 from flexkv.events.dynamo import DynamoCodec, WorkerRank
-from flexkv.events.log import EventLog
 from flexkv.events.nats import NatsSink
 from flexkv.events.reqplane import Query
-from flexkv.events.types import BlockRemoved, BlockStored
-from flexkv.hashing import blocks_of
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
-
-_TOKENS_PER_BLOCK = 16
-_CHAIN_BLOCKS = 50
 _DEADLINE_S = 60.0
+_EXPIRY_S = 10.0  # Dynamo's own, of the record of a dead process
 _RANDOM = np.random.default_rng(1)
-
-
-class _Source:
-    """So many blocks that are resident, in chains of 50, and their log."""
-
-    def __init__(self, num_blocks: int) -> None:
-        num_chains = num_blocks // _CHAIN_BLOCKS
-        width = _CHAIN_BLOCKS * _TOKENS_PER_BLOCK
-        tokens = _RANDOM.integers(60_000, size=(num_chains, width))
-        self.chains = [blocks_of(row, _TOKENS_PER_BLOCK) for row in tokens]
-        self.held = dict.fromkeys(range(num_chains), _CHAIN_BLOCKS)
-        self.log = EventLog(ring=262_144, max_event_blocks=512, walk=self._walk)
-        self.sink: NatsSink | None = None
-        for blocks in self.chains:
-            self.log.append([BlockStored(blocks, Tier.HOST)])
-
-    def _walk(self) -> Iterator[BlockStored]:
-        for i, blocks in enumerate(self.chains):
-            if self.held[i]:
-                yield BlockStored(blocks[: self.held[i]], Tier.HOST)
-
-    def change(self, *, heard: bool = True) -> int:
-        """Trim a whole chain to half of it, or store a half one whole; not ``heard``: lost."""
-        i = int(_RANDOM.integers(len(self.chains)))
-        half = self.chains[i][_CHAIN_BLOCKS // 2 :]
-        is_whole = self.held[i] == _CHAIN_BLOCKS
-        self.held[i] = _CHAIN_BLOCKS // 2 if is_whole else _CHAIN_BLOCKS
-        event = (BlockRemoved if is_whole else BlockStored)(half, Tier.HOST)
-        self.log.append([event])
-        assert self.sink is not None
-        if heard:
-            self.sink.wake()
-        else:  # as if it had been sent
-            self.sink._feed._cursor = self.log.last_id  # type: ignore[union-attr]  # noqa: SLF001
-        return i
 
 
 class _Bench:
     """A deployment with one worker, its source and a router that listens."""
 
-    def __init__(self, source: _Source, report: Report) -> None:
+    def __init__(self, source: Source, report: Report) -> None:
         self._source = source
         self._report = report
-        self._label = f"{len(source.chains) * _CHAIN_BLOCKS // 1000}k blocks"
+        self._num_blocks = len(source.chains) * CHAIN_BLOCKS
+        self._label = f"{self._num_blocks // 1000}k blocks"
         self._stack = AsyncExitStack()
         self._nats = NatsServer("-m", "-1")
 
@@ -91,12 +60,13 @@ class _Bench:
         async with self._stack as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             await stack.enter_async_context(self._nats)
-            worker = FakeWorker(self._nats.url, self._folder, tokens_per_block=_TOKENS_PER_BLOCK)
+            worker = FakeWorker(self._nats.url, self._folder, tokens_per_block=TOKENS_PER_BLOCK)
             await stack.enter_async_context(worker)
             self._worker_id = worker.worker_id
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
             await self._start_sink()
             await self._warm("new router", self._new_router)
+            await self._measure_plain_router()
             async with self._router() as self._listener:
                 await self._until_true(self._listener)
                 await self._measure("lost in mid-stream", self._lost_in_midstream, 2.0)
@@ -104,8 +74,9 @@ class _Bench:
                 await self._warm("second router", self._new_router)
                 await self._measure("engine restart", self._engine_restart, 2.0)
                 await self._nats_restarts()
-            assert self._source.sink is not None
-            await self._source.sink.close()
+                assert self._source.sink is not None
+                await self._source.sink.close()
+                await self._measure_kills()
 
     async def _measure(
         self, name: str, once: Callable[[], Coroutine[Any, Any, float]], target_s: float
@@ -125,16 +96,10 @@ class _Bench:
         await self._measure(name, once, 0.2)
 
     def _router(self) -> Router:
-        return Router(self._nats.url, self._folder, tokens_per_block=_TOKENS_PER_BLOCK)
+        return Router(self._nats.url, self._folder, tokens_per_block=TOKENS_PER_BLOCK)
 
     async def _start_sink(self) -> None:
-        config = EventsConfig(
-            sink="nats",
-            nats_servers=(self._nats.url,),
-            namespace="flexkv",
-            worker_id=self._worker_id,
-            discovery_path=str(self._folder),
-        )
+        config = events_config(self._nats.url, self._folder, self._worker_id)
         self._source.sink = NatsSink(config)
         await self._source.sink.start(self._source.log, self._tasks)
 
@@ -166,7 +131,7 @@ class _Bench:
     async def _engine_restart(self) -> float:
         assert self._source.sink is not None
         await self._source.sink.close()
-        await self._until_believed(self._listener, 0, 0)
+        await until_believed(self._listener, self._worker_id, self._source.chains[0], 0)
         started = time.perf_counter()
         await self._start_sink()
         await self._until_true(self._listener)
@@ -205,28 +170,56 @@ class _Bench:
         return time.perf_counter()
 
     async def _until_true(self, router: Router, *chains: int) -> None:
-        """Until the router believes the truth about these chains and a few others."""
-        last = len(self._source.chains) - 1
-        some = {*chains, 0, last, *_RANDOM.integers(last, size=8).tolist()}
+        await self._source.until_true(router, self._worker_id, *chains)
+
+    async def _measure_kills(self) -> None:
+        """Engines that are processes of their own, and are killed."""
+        num_back, num_gone = (3, 2) if self._report.quick else (50, 10)
+        samples = [await self._killed_and_back(i) for i in range(num_back)]
+        self._add("engine killed, since the next one began", samples, 2.0)
+        samples = [await self._killed_for_good(i) for i in range(num_gone)]
+        self._add("engine killed and not back", samples, _EXPIRY_S + 2.0)
+
+    async def _new_engine(self, seed: int) -> tuple[Engine, Source, float]:
+        source = Source(self._num_blocks, seed)
+        engine = Engine(self._nats.url, self._folder, self._worker_id, self._num_blocks, seed)
+        return engine, source, await engine.start()
+
+    async def _killed_and_back(self, i: int) -> float:
+        """The next one holds other blocks: the old ones must go, and the new ones come."""
+        engine, source, _ = await self._new_engine(100 + 2 * i)
+        await source.until_true(self._listener, self._worker_id)
+        await engine.kill()
+        successor, new_source, began = await self._new_engine(101 + 2 * i)
+        await new_source.until_true(self._listener, self._worker_id)
+        await until_believed(self._listener, self._worker_id, source.chains[0], 0)
+        seconds = time.perf_counter() - began
+        await successor.kill()
+        return seconds
+
+    async def _killed_for_good(self, i: int) -> float:
+        engine, source, _ = await self._new_engine(1000 + i)
+        await source.until_true(self._listener, self._worker_id)
+        await asyncio.sleep(float(_RANDOM.uniform(0, 3)))  # its record is refreshed at times
+        await engine.kill()
+        started = time.perf_counter()
         async with asyncio.timeout(_DEADLINE_S):
-            for i in some:
-                await self._until_believed(router, i, self._source.held[i])
+            for chain in (source.chains[0], source.chains[-1]):
+                await until_believed(self._listener, self._worker_id, chain, 0)
+        return time.perf_counter() - started
 
-    async def _until_believed(self, router: Router, i: int, num_blocks: int) -> None:
-        while True:
-            if await self._believed(router, i) == num_blocks:
-                return
-            await asyncio.sleep(0.001)
-
-    async def _believed(self, router: Router, i: int) -> int:
-        token_ids = self._source.chains[i].token_ids.cast("I").tolist()
-        overlap = (await router.overlap(token_ids)).get(self._worker_id)
-        return overlap.host if overlap is not None else -1
+    async def _measure_plain_router(self) -> None:
+        """A process without any variable that says where it can be reached."""
+        num_rounds = 1 + (5 if self._report.quick else 50)
+        arguments = (self._nats.url, self._folder, self._worker_id, self._num_blocks, 1)
+        first, *samples = await rounds_of_a_router(*arguments, num_rounds)
+        self._report.add(f"first router of a process, {self._label}", 1e3 * first, "ms")
+        self._add("new router without DYN_TCP_*", samples, 0.2)
 
 
 async def _dump(report: Report) -> None:
     """A dump of 256,000 blocks, and how long the loop could do nothing else meanwhile."""
-    source = _Source(25_600 if report.quick else 256_000)
+    source = Source(25_600 if report.quick else 256_000)
     worker = WorkerRank(namespace="n", component="c", endpoint="e", worker_id=1)
     codec = DynamoCodec(worker_id=1, dp_rank=0, publisher_id=1)
     answers = Answers(source.log, codec, worker)
@@ -249,7 +242,7 @@ async def _dump(report: Report) -> None:
             await answers.to(Query(1, 0, None))
             seconds.append(time.perf_counter() - started)
         done.set()
-    name = f"dump of {len(source.chains) * _CHAIN_BLOCKS} blocks"
+    name = f"dump of {len(source.chains) * CHAIN_BLOCKS} blocks"
     report.add(f"{name}, the first (hashes all tokens)", 1e3 * seconds[0], "ms", target=1500)
     report.add(f"{name}, p50 of the others", 1e3 * median(seconds[1:]), "ms", target=1500)
     report.add(f"{name}, loop stalls p99", 1e3 * percentile(stalls, 99), "ms", target=2)
@@ -260,7 +253,7 @@ async def _main(report: Report) -> None:
     await _dump(report)
     gc.unfreeze()
     for num_blocks in (10_000, 100_000):
-        await _Bench(_Source(num_blocks), report).run()
+        await _Bench(Source(num_blocks), report).run()
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ class Collector:
         try:
             chunk = _decoder.decode(message)
             hashes = np.frombuffer(chunk.hashes, _HASH).tolist()
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise AuditError(f"not a chunk: {error}") from None
         if chunk.number != self._number or (hashes and chunk.tier not in self._held):
             raise AuditError(f"chunk {chunk.number} of tier {chunk.tier[:20]!r} is not the next")

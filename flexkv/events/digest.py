@@ -27,6 +27,10 @@ class TierDigest(NamedTuple):
     def __str__(self) -> str:
         return f"{self.num_blocks}:{self.total:016x}"
 
+    def joined(self, other: TierDigest) -> TierDigest:
+        """The digest of both together, which share no block."""
+        return TierDigest(self.num_blocks + other.num_blocks, (self.total + other.total) % _MODULUS)
+
 
 class Digests:
     """The digest of each tier, kept up with the events of one log: a step for each event."""

@@ -29,6 +29,7 @@ _END = (-1).to_bytes(8, "big", signed=True)
 _FEW = 256  # entries that are looked at in one step
 _HIGH_WATER = 100_000  # messages that may wait for a slow subscriber; as in vLLM
 _LINGER_MS = 500
+_MAX_FRAME_NBYTES = 4096  # of a request, or a topic; who sends more is disconnected
 _REPLAY_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class ZmqSink:
         assert self._context is not None
         socket: zmq.asyncio.Socket = self._context.socket(kind)
         socket.sndhwm = _HIGH_WATER
+        socket.maxmsgsize = _MAX_FRAME_NBYTES
         try:
             socket.bind(endpoint)
             if endpoint.startswith("ipc://"):

@@ -32,6 +32,7 @@ _Path = Annotated[str, Meta(pattern=r"^/proc/[0-9]+/fd/[0-9]+$", max_length=64)]
 _Ids = Annotated[bytes, Meta(max_length=4 * MAX_COPY_BLOCKS)]
 _Slots = Annotated[bytes, Meta(max_length=8 * MAX_COPY_BLOCKS)]
 _Keys = Annotated[bytes, Meta(max_length=MAX_CHUNK_NBYTES)]
+_Digest = Annotated[str, Meta(max_length=64)]
 
 
 class Hello(Struct, frozen=True, tag=True, kw_only=True):
@@ -131,7 +132,9 @@ class ResidencyRequest(Struct, frozen=True, tag=True):
 class ResidencyChunk(Struct, frozen=True, tag=True, kw_only=True):
     """Engine: ``keys`` can be read from ``tier``. ``count``: keys sent so far, these included.
 
-    ``last_event_id`` was the last one before the first key was looked up.
+    ``last_event_id`` was the last one before the first key was looked up. ``told``: routers hear of
+    these keys, so the digest of the tier counts them. The last chunk has ``digests`` and the id of
+    the event up to which they go.
     """
 
     tier: Tier
@@ -140,6 +143,9 @@ class ResidencyChunk(Struct, frozen=True, tag=True, kw_only=True):
     count: _Number
     last: bool
     last_event_id: int
+    told: bool = True
+    digests: dict[Tier, _Digest] = {}
+    digests_event_id: int = -1
 
     def __post_init__(self) -> None:
         if self.keys and (not self.key_nbytes or len(self.keys) % self.key_nbytes):

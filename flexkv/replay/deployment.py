@@ -34,28 +34,37 @@ class Overlap(NamedTuple):
     ssd: int
 
 
-def dynamo_variables(nats_url: str, discovery_path: Path | str) -> dict[str, str]:
+def dynamo_variables(
+    nats_url: str, discovery_path: Path | str, tcp_host: str | None = "127.0.0.1"
+) -> dict[str, str]:
     """What every Dynamo process of one deployment must find in its environment.
 
-    ``discovery_path``: a folder; a text is the URL of an etcd.
+    ``discovery_path``: a folder; a text is the URL of an etcd. ``tcp_host``: where a process can
+    be reached; None: at the address that Dynamo chooses.
     """
+    names = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST")
+    reached_at = dict.fromkeys(names, tcp_host) if tcp_host is not None else {}
     discovery = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": str(discovery_path)}
     if isinstance(discovery_path, Path):
         discovery = {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(discovery_path)}
-    return discovery | {
-        "NATS_SERVER": nats_url,
-        "DYN_EVENT_PLANE": "nats",
-        "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-        "DYN_TCP_RPC_HOST": "127.0.0.1",
-        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-        "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
-    }
+    return (
+        discovery
+        | reached_at
+        | {
+            "NATS_SERVER": nats_url,
+            "DYN_EVENT_PLANE": "nats",
+            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+            "DYN_LOG": os.environ.get("DYN_LOG", _LOG),
+        }
+    )
 
 
 @contextlib.contextmanager
-def dynamo_environment(nats_url: str, discovery_path: Path | str) -> Iterator[None]:
+def dynamo_environment(
+    nats_url: str, discovery_path: Path | str, tcp_host: str | None = "127.0.0.1"
+) -> Iterator[None]:
     """This process as one of the deployment: Dynamo reads the variables when a runtime starts."""
-    variables = dynamo_variables(nats_url, discovery_path)
+    variables = dynamo_variables(nats_url, discovery_path, tcp_host)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -219,7 +228,8 @@ class FakeWorker:
 class Router:
     """Dynamo's own KV router, in this process, over file discovery and NATS events.
 
-    Several may live in one process, one after another or at once.
+    Several may live in one process, one after another or at once. ``tcp_host``: the address at
+    which it takes the answers of engines; None: the one that Dynamo chooses.
 
     Raises:
         FeedError: ai-dynamo-runtime is not installed.
@@ -232,8 +242,10 @@ class Router:
         *,
         tokens_per_block: int,
         endpoint: str = "flexkv.backend.generate",
+        tcp_host: str | None = "127.0.0.1",
     ) -> None:
         self._nats_url = nats_url
+        self._tcp_host = tcp_host
         self._discovery_path = discovery_path
         self._tokens_per_block = tokens_per_block
         self._endpoint = endpoint
@@ -241,7 +253,7 @@ class Router:
         self._router: Any = None
 
     async def __aenter__(self) -> Self:
-        with dynamo_environment(self._nats_url, self._discovery_path):
+        with dynamo_environment(self._nats_url, self._discovery_path, self._tcp_host):
             try:
                 from dynamo.llm import KvRouter, KvRouterConfig  # noqa: PLC0415  # an extra
                 from dynamo.runtime import DistributedRuntime  # noqa: PLC0415  # as above

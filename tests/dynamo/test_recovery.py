@@ -75,6 +75,18 @@ async def test_a_router_that_comes_late_is_told_everything(
         await until_it_believes(router, worker.worker_id, shelf, *chains)
 
 
+async def test_a_router_at_the_address_that_dynamo_chooses_is_answered(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    shelf, chains = filled()
+    plain = Router(nats_server.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK, tcp_host=None)
+    async with feeding(shelf, settings(nats_server.url, tmp_path, worker.worker_id)), plain as late:
+        await late.wait_for_workers([worker.worker_id])
+        await until_it_believes(late, worker.worker_id, shelf, *chains)
+
+
 async def test_lost_messages_are_asked_for_when_the_next_one_comes(
     nats_server: NatsServer, worker: FakeWorker, router: Router, tmp_path: Path
 ) -> None:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from flexkv.blocks import Blocks, Tier
 from flexkv.engine.bridge import LoopThread
+from flexkv.events.digest import digest_of
 from flexkv.integration.vllm.worker import WorkerRole
 from flexkv.link.errors import EndpointTakenError
+from flexkv.link.residency import residency
 from flexkv.tiers.gpu import CpuPagedCopier
 from tests.engine.chains import chain
-from tests.integration.roles import MODEL, LoadJob, Roles, roles, settings, until
+from tests.integration.roles import LIMIT_S, MODEL, LoadJob, Roles, roles, settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +52,24 @@ def test_what_was_stored_is_loaded_byte_for_byte(both: Roles) -> None:
     assert until(lambda: both.reports()[1]) == {"loaded"}
     assert torch.equal(both.bytes_of(OTHER_IDS), expected)
     assert both.reports() == (set(), set(), set())  # each once
+
+
+async def test_the_endpoint_answers_with_keys_and_their_digests(both: Roles, endpoint: str) -> None:
+    plain = chain(4, 5, 6)
+    tail_is_opaque = Blocks(
+        b"".join(plain),
+        bytes(plain.token_ids),
+        tokens_per_block=plain.tokens_per_block,
+        extra_keys=(None, None, ("an image",)),
+    )
+    stored(both)
+    both.store(tail_is_opaque, OTHER_IDS, "another")
+    until(lambda: both.resident(tail_is_opaque) == 3)
+    answer = await residency(endpoint, LIMIT_S)
+    assert answer.keys[Tier.HOST] == {*BLOCKS, *plain}
+    told = digest_of([*BLOCKS.router_hashes(), *plain.router_hashes()[:2]])
+    assert answer.digests[Tier.HOST] == str(told)
+    assert answer.is_settled
 
 
 def test_a_load_waits_for_its_step(both: Roles) -> None:

@@ -14,6 +14,7 @@ import zmq
 
 from flexkv.blocks import BlockKey, Tier
 from flexkv.errors import EngineClosedError, InputError, LayoutError, TransferError
+from flexkv.events.digest import digest_of
 from flexkv.link import client as client_module
 from flexkv.link import copier as copier_module
 from flexkv.link.endpoint import socket_path
@@ -29,7 +30,7 @@ from flexkv.link.messages import (
     encode,
     pack_ids,
 )
-from flexkv.link.residency import residency
+from flexkv.link.residency import Piece, ResidencyParts, residency
 from flexkv.tiers.gpu import make_copier
 from flexkv.tiers.host import HostPool
 from tests.link.links import (
@@ -335,22 +336,49 @@ def keys_of(numbers: range) -> list[BlockKey]:
     return [BlockKey(number.to_bytes(32, "big")) for number in numbers]
 
 
+def digest(keys: list[BlockKey]) -> str:
+    return str(digest_of(int.from_bytes(key[-8:], "big") for key in keys))
+
+
 async def test_anybody_can_ask_which_blocks_are_where(endpoint: str) -> None:
     host, ssd = keys_of(range(10_000)), keys_of(range(9_990, 10_010))
     pieces = [
-        *((Tier.HOST, 32, key) for key in host[:100]),
-        (Tier.HOST, 32, b"".join(host[100:])),
-        (Tier.SSD, 32, b"".join(ssd)),
+        *(Piece(Tier.HOST, 32, key) for key in host[:100]),
+        Piece(Tier.HOST, 32, b"".join(host[100:5000])),
+        Piece(Tier.HOST, 32, b"".join(host[5000:]), told=False),
+        Piece(Tier.SSD, 32, b"".join(ssd)),
     ]
-    async with server_at(endpoint, residency=lambda: (41, pieces)):
+    digests = {Tier.HOST: digest(host[:5000]), Tier.SSD: digest(ssd)}
+    parts = ResidencyParts(lambda: (41, digests), pieces)
+    async with server_at(endpoint, residency=lambda: parts):
         answers = await asyncio.gather(*(residency(endpoint, LIMIT_S) for _ in range(3)))
     for answer in answers:
         assert answer.last_event_id == 41
         assert answer.keys == {Tier.HOST: set(host), Tier.SSD: set(ssd)}
+        assert answer.digests == digests
+        assert answer.is_settled
+
+
+async def test_keys_that_are_not_those_of_the_digests_are_no_answer(endpoint: str) -> None:
+    keys = keys_of(range(10))
+    for digests in ({Tier.HOST: digest(keys[1:])}, {Tier.SSD: digest(keys)}, {}):
+        parts = ResidencyParts(lambda d=digests: (7, d), [Piece(Tier.HOST, 32, b"".join(keys))])
+        async with server_at(endpoint, residency=lambda p=parts: p):
+            with pytest.raises(LinkError, match="keys of digest"):
+                await residency(endpoint, LIMIT_S)
+
+
+async def test_digests_of_later_events_are_handed_on_unchecked(endpoint: str) -> None:
+    ids = iter((7, 8))
+    parts = ResidencyParts(lambda: (next(ids), {Tier.HOST: "3:0"}), [])
+    async with server_at(endpoint, residency=lambda: parts):
+        answer = await residency(endpoint, LIMIT_S)
+    assert (answer.last_event_id, answer.digests) == (7, {Tier.HOST: "3:0"})
+    assert not answer.is_settled
 
 
 async def test_an_empty_engine_says_so(endpoint: str) -> None:
-    async with server_at(endpoint, residency=lambda: (-1, [])):
+    async with server_at(endpoint, residency=lambda: ResidencyParts(lambda: (-1, {}), [])):
         answer = await residency(endpoint, LIMIT_S)
     assert answer.last_event_id == -1
     assert answer.keys == {Tier.HOST: set()}

@@ -54,11 +54,22 @@ COPY = Copy(copy_id=3, is_load=True, block_ids=pack_ids([5, 6]), slots=pack_slot
 CHUNK = ResidencyChunk(
     tier=Tier.HOST, keys=bytes(64), key_nbytes=32, count=2, last=False, last_event_id=-1
 )
+LAST_CHUNK = ResidencyChunk(
+    tier=Tier.HOST,
+    keys=b"",
+    key_nbytes=0,
+    count=2,
+    last=True,
+    last_event_id=-1,
+    digests={Tier.HOST: "2:0000000000000000"},
+    digests_event_id=3,
+)
 EVERY_MESSAGE: list[Message] = [
     HELLO,
     WELCOME,
     COPY,
     CHUNK,
+    LAST_CHUNK,
     CopyDone(3),
     CopyDone(3, "broken"),
     Pong(),
@@ -114,11 +125,13 @@ def with_field(message: Message, **fields: object) -> bytes:
         with_field(CHUNK, key_nbytes=0),
         with_field(CHUNK, key_nbytes=33),
         with_field(CHUNK, tier="attic"),
+        with_field(LAST_CHUNK, digests={"attic": "0:0"}),
+        with_field(LAST_CHUNK, digests={"host": "x" * 65}),
         with_field(Ping(), type="Gossip"),
         b"\x91" * 100_000,
         bytes(MAX_MESSAGE_NBYTES + 1),
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_a_message_that_makes_no_sense_is_an_error_value(payload: bytes) -> None:
     assert isinstance(decode(payload, "ipc://x"), LinkError)

@@ -17,6 +17,7 @@ from flexkv.engine.engine import Engine
 from flexkv.errors import FlexKVError
 from flexkv.link.errors import LinkError
 from flexkv.link.messages import LoadDone, StoresDone, pack_ids
+from flexkv.link.residency import Piece, ResidencyParts
 from flexkv.link.server import LinkServer
 
 if TYPE_CHECKING:
@@ -278,7 +279,9 @@ class EngineService:
                 await exits.enter_async_context(engine)
                 for rank, copier in server.copiers.items():
                     engine.attach_copier(copier, rank)
-                server.residency = lambda: (_last_event_id(engine), _resident(engine))
+                server.residency = lambda: ResidencyParts(
+                    lambda: _digests(engine), _resident(engine)
+                )
                 self._server, self._engine = server, engine
                 exits.callback(self._forget_engine)
                 self._jobs = await exits.enter_async_context(asyncio.TaskGroup())
@@ -307,14 +310,18 @@ class EngineService:
         self._engine = None
 
 
-def _last_event_id(engine: Engine) -> int:
-    return engine.stats().last_event_id
+def _digests(engine: Engine) -> tuple[int, dict[Tier, str]]:
+    stats = engine.stats()
+    return stats.last_event_id, {tier: of.digest for tier, of in stats.tiers.items()}
 
 
-def _resident(engine: Engine) -> Iterator[tuple[Tier, int, bytes]]:
+def _resident(engine: Engine) -> Iterator[Piece]:
     for tier in (Tier.HOST, Tier.SSD):
         for blocks in engine.walk(tier):
-            yield tier, blocks.key_nbytes, blocks.packed_keys()
+            plain, rest = blocks[: blocks.num_plain], blocks[blocks.num_plain :]
+            for part, told in ((plain, True), (rest, False)):
+                if len(part):
+                    yield Piece(tier, part.key_nbytes, part.packed_keys(), told)
 
 
 async def _registered_again(server: LinkServer) -> None:
