@@ -329,17 +329,20 @@ class Engine:
         elif tier == Tier.SSD:
             yield from (stored.blocks for stored in self._below.walk())
 
-    async def clear(self) -> None:
-        """Forget every block, those on their way included."""
-        self.forget()
-        await self._below.flush()
+    async def clear(self) -> bool:
+        """Forget every block, those on their way included.
 
-    def forget(self) -> None:
-        """As ``clear``, at once; to be called on the engine's loop."""
+        Nothing of it is served from now on, whatever the answer is. False: the disk failed or took
+        too long, so that it may be back after a restart.
+        """
         self._check_open()
         self._stores.note_clear()
-        self._below.forget()
+        emptied = self._below.forget()
         self._host.clear()
+        if emptied is None:
+            return True
+        await asyncio.wait([emptied], timeout=self._config.transfers.deadline_s)
+        return emptied.done() and emptied.result()
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""

@@ -227,7 +227,7 @@ class Risings:
             host_slots = reservation.slots[:num_blocks]
             lost = await store.read(slots, host_slots, [sums[slot] for slot in slots])
         except OSError as error:
-            disk.fail(store, error)
+            disk.fail_to_move(store, error)
             return 0
         finally:
             self._lane.leave(nbytes)

@@ -160,11 +160,12 @@ class Tiering:
         if self._writer is not None:
             self._writer.offer(blocks)
 
-    def forget(self) -> None:
-        """Nothing is here any more; announces nothing."""
-        if self._disk is not None and self._writer is not None:
-            self._writer.clear()
-            self._disk.clear()
+    def forget(self) -> asyncio.Future[bool] | None:
+        """Nothing is here any more; announces nothing. The answer is that of ``Disk.clear``."""
+        if self._disk is None or self._writer is None:
+            return None
+        self._writer.clear()
+        return self._disk.clear()
 
     async def flush(self) -> None:
         """What was offered or forgotten so far has been written, or waits for too long."""

@@ -207,7 +207,7 @@ async def test_what_is_of_nobody_knows_which_weights_is_not_kept(
 async def test_clear_empties_it_for_good(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd") as b:
         await b.store(A)
-        await b.engine.clear()
+        assert await b.engine.clear()
         assert b.held(Tier.SSD) == set()
         crashed = tmp_path / "crashed"
         shutil.copytree(tmp_path / "ssd", crashed)  # as kill -9 would leave it
@@ -279,6 +279,56 @@ async def test_a_folder_that_vanishes_takes_only_itself(
         assert b.held(Tier.SSD) == {*A, *C}
         assert b.engine.stats().tiers[Tier.SSD].num_slots == 16
         assert (await b.load(A)).num_blocks == 4
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EFAULT])
+async def test_too_little_memory_is_a_miss_and_no_failure_of_the_disk(
+    tmp_path: Path, number: int
+) -> None:
+    disk = FaultyDisk(random.Random(0), number=number)
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        await b.store(C)
+        disk._chances["read_error"] = 1
+        assert (await b.load(A)).num_blocks == 0
+        disk._chances["read_error"] = 0
+        assert (await b.load(A)).num_blocks == 4
+        assert b.held(Tier.SSD) == {*A, *C}
+
+
+async def test_clear_reaches_a_disk_that_has_failed(tmp_path: Path) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        disk._chances["read_error"] = 1
+        await b.store(C)
+        assert (await b.load(A)).num_blocks == 0
+        assert await b.engine.clear()
+    async with bench(tmp_path / "ssd") as b:
+        assert b.held(Tier.SSD) == set()
+
+
+async def test_a_disk_that_fails_during_a_clear_is_emptied(tmp_path: Path) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        disk._chances["write_error"] = 1
+        assert await b.engine.clear()
+    async with bench(tmp_path / "ssd") as b:
+        assert b.held(Tier.SSD) == set()
+
+
+async def test_clear_says_so_where_a_disk_can_not_be_emptied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        (tmp_path / "ssd").rename(tmp_path / "away")
+        await b.store(C)
+        assert not await b.engine.clear()
+        assert "can't be cleared" in caplog.text
+        assert b.held(Tier.HOST) == set()
 
 
 async def test_a_full_disk_at_the_start_is_said_and_the_engine_goes_on(
