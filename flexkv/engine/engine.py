@@ -346,10 +346,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        digests, counts = self._events.digests(), self._counts
-        host = self._host.stats(digests[Tier.HOST])
+        tiers, counts = self._below.stats(self._events.digests()), self._counts
+        host = tiers[Tier.HOST]
         return EngineStats(
-            tiers={Tier.HOST: host, **self._below.stats(digests[Tier.SSD])},
+            tiers=tiers,
             num_requests=counts["requests"],
             num_requested=counts["requested"],
             num_hit=counts["hit"],

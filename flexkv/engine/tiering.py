@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
@@ -57,6 +59,7 @@ class Tiering:
         self._config = config
         self._host = host
         self._block_nbytes = layout.block_nbytes * layout.num_ranks
+        self._loaded: Counter[Tier] = Counter()  # blocks
         self._disk: Disk | None = None
         self._risings: Risings | None = None
         self._writer: WriteThrough | None = None
@@ -142,7 +145,9 @@ class Tiering:
                         num_below = await rising.load(transfers, block_ids, first, num_host, marks)
         finally:
             self._host.release(plan.lease)
-        return {Tier.HOST: num_host, **self._share(num_below)}, num_expected
+        by_tier = {Tier.HOST: num_host, **self._share(num_below)}
+        self._loaded.update(by_tier)
+        return by_tier, num_expected
 
     async def prefetch(self, blocks: Blocks) -> None:
         """Bring up into host what is not there."""
@@ -180,9 +185,19 @@ class Tiering:
         """The keys of everything resident in ``tier``."""
         return self._disk.index.residency() if self._disk and tier == Tier.SSD else set()
 
-    def stats(self, digest: object) -> dict[Tier, TierStats]:
-        """The SSD tier's numbers; ``digest`` is that of what is resident there."""
-        return {} if self._disk is None else {Tier.SSD: self._disk.index.stats(digest)}
+    def stats(self, digests: Mapping[Tier, object]) -> dict[Tier, TierStats]:
+        """Each tier's numbers; ``digests`` are those of what is resident."""
+        tiers = {Tier.HOST: self._host.stats(digests[Tier.HOST])}
+        if (disk := self._disk) is not None:
+            tiers[Tier.SSD] = disk.index.stats(digests[Tier.SSD])
+            if self._risings is not None and self._writer is not None:
+                tiers[Tier.SSD] = replace(
+                    tiers[Tier.SSD],
+                    num_slots=disk.index.num_slots if disk.is_on else 0,
+                    num_rotten=self._risings.num_lost,
+                    num_unwritten=self._writer.num_dropped,
+                )
+        return {tier: replace(of, num_loaded=self._loaded[tier]) for tier, of in tiers.items()}
 
     async def settle(self, timeout_s: float) -> int:
         """Let reads and writes end; how many still run."""

@@ -161,6 +161,7 @@ class Bench:
             script="cold",
             seed=case.seed,
             num_prompts=case.num_prompts,
+            more={name: value for name, value in case.more.items() if name == "prompts"},
         )
         name = hashlib.sha256(repr((plain, str(python))).encode()).hexdigest()[:16]
         path = self._shared / f"{name}.json"

@@ -27,6 +27,8 @@ DRAIN_S = 30.0
 _COUNTERS = {
     "external": "vllm:external_prefix_cache_hits",
     "preemptions": "vllm:num_preemptions",
+    "ssd_loaded": "vllm:flexkv_ssd_loaded_blocks",  # of our own class
+    "failed": "vllm:flexkv_load_failed_blocks",
 }
 
 

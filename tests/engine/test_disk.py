@@ -230,6 +230,8 @@ async def test_a_rotten_block_is_a_miss_and_leaves_with_what_follows(tmp_path: P
         loaded = await b.load(A)
         assert (loaded.num_blocks, len(loaded.missing)) == (2, 2)
         assert b.held(Tier.SSD) == {*A[:2], *C}
+        of_ssd = b.engine.stats().tiers[Tier.SSD]
+        assert (of_ssd.num_rotten, of_ssd.num_loaded) == (1, 2)
         await b.store(A)  # recomputed
         await b.store(C)
         assert (await b.load(A)).num_blocks == 4
@@ -247,6 +249,7 @@ async def test_a_disk_that_fails_to_write_turns_the_tier_off_and_the_engine_goes
         assert b.held(Tier.SSD) == set()
         assert os.strerror(number) in caplog.text
         assert "ssd: off" in caplog.text
+        assert b.engine.stats().tiers[Tier.SSD].num_slots == 0
         assert b.engine.lookup(A).num_blocks == 0
         assert (await b.load(C)).num_blocks == 4
         assert (await b.store(A)).num_stored == 4
@@ -379,7 +382,7 @@ async def test_under_pressure_writes_are_dropped_and_loads_go_on(tmp_path: Path)
         b.copier.compute(C, range(4, 8))
         await b.engine.store(A, range(4))
         await b.engine.store(C, range(4, 8))
-        assert b.engine._below._writer.num_dropped == 4
+        assert b.engine.stats().tiers[Tier.SSD].num_unwritten == 4
         assert (await b.load(C)).num_blocks == 4
         await b.engine._below._writer.settled(10)
         await b.store(C)  # the next store makes up for it
