@@ -227,13 +227,14 @@ class Engine:
         first: int = 0,
         *,
         after: object = None,
+        pin: Pin | None = None,
     ) -> Loaded:
         """Copy blocks into the paged caches: ``blocks[first + i]`` to ``gpu_block_ids[i]``.
 
         Loads as far as the resident prefix of ``blocks`` reaches. On CUDA the copies follow the
         work that is on the caller's current stream now; ``after`` replaces it by another mark of
-        the copiers' kind. When it returns, every stream sees the bytes. When it is cancelled, it
-        ends as soon as no copy uses the GPU blocks.
+        the copiers' kind. ``pin``, a lease on ``blocks``, is released. When it returns, every
+        stream sees the bytes. When it is cancelled, it ends as soon as no copy uses the GPU blocks.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
@@ -244,7 +245,7 @@ class Engine:
         marks = self._marks() if after is None else dict.fromkeys(self._transfers.copiers, after)
         blocks = blocks.part(0, first + len(block_ids))
         by_tier, num_expected = await self._below.load(
-            self._transfers, blocks, block_ids, first, marks
+            self._transfers, blocks, block_ids, first, marks, pin
         )
         num_blocks = sum(by_tier.values())
         self._counts["loaded"] += num_blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -116,6 +117,23 @@ async def test_a_part_comes_from_host_and_the_rest_from_ssd(tmp_path: Path) -> N
         loaded = await b.load(A)
         assert loaded.num_blocks == 4
         assert loaded.nbytes_by_tier == {Tier.HOST: 2 * 64, Tier.SSD: 2 * 64}
+
+
+async def test_loads_at_the_same_time_do_not_take_host_slots_from_each_other(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path / "ssd") as b:
+        for blocks in (A, C):
+            await b.store(blocks)
+        leases = [b.engine.lease(blocks) for blocks in (A, C)]
+        assert [lease.num_blocks for lease in leases] == [4, 4]
+        loads = [
+            b.engine.load(blocks, range(at, at + 4), pin=lease)
+            for at, blocks, lease in zip((20, 24), (A, C), leases, strict=True)
+        ]
+        assert [loaded.num_blocks for loaded in await asyncio.gather(*loads)] == [4, 4]
+        for at, blocks in ((20, A), (24, C)):
+            assert b.copier.wrong_blocks(blocks, list(range(at, at + 4))) == 0
 
 
 async def test_a_load_behind_a_gpu_prefix_brings_what_is_asked_for(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ class EngineService:
         missing: Sequence[int] = block_ids
         try:
             if self._engine is not None:
-                loaded = await self._engine.load(blocks, block_ids, first, after=step)
+                loaded = await self._engine.load(blocks, block_ids, first, after=step, pin=pin)
                 missing = loaded.missing
         except FlexKVError as error:
             _log.warning("a load failed, its blocks are computed again: %s", error)
