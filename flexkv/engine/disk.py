@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 from array import array
@@ -17,7 +18,7 @@ from flexkv.events.types import BlockRemoved
 from flexkv.hashing import tokens_hashes
 from flexkv.tiers.host import slot_stride
 from flexkv.tiers.ssd import SsdSettings, SsdStore
-from flexkv.tiers.ssd_files import failing
+from flexkv.tiers.ssd_files import erase, failing
 from flexkv.tiers.ssd_frames import added, cleared, removed
 from flexkv.tiers.ssd_journal import DiskCalls
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIN_JOURNAL_NBYTES = 1 << 20  # a smaller one is not worth a snapshot
+_OUT_OF_MEMORY = {errno.ENOMEM, errno.EFAULT}  # the host pool is touched while it is in use
 _NUM_RECORDS_AT_ONCE = 64  # put together without a pause, well below 1 ms
 _MAX_JOURNALS = 4  # the journal is at most twice what is live, and a third time while it is renewed
 
@@ -88,6 +90,7 @@ class Disk:
         self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
         self._records: list[bytes] = []
         self._failure: OSError | None = None
+        self._clearing: list[asyncio.Future[bool]] = []
         self._renewed_nbytes = 0
         self._pool: HostPool
         self.store: SsdStore
@@ -99,7 +102,7 @@ class Disk:
     @property
     def has_news(self) -> bool:
         """The journal does not know everything yet, or a disk has failed."""
-        return bool(self._records) or self._failure is not None
+        return bool(self._records or self._clearing) or self._failure is not None
 
     async def open(self, pool: HostPool) -> None:
         """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
@@ -123,14 +126,19 @@ class Disk:
         if self._failure is not None:
             await self._start_over()
         records, self._records = self._records, []
-        if not records or not self.is_on:
+        clearing, self._clearing = self._clearing, []
+        if not self.is_on:
+            _answer(clearing, is_empty=bool(clearing) and await self._erase())
             return
         store = self.store
         try:
-            await store.record(records)
+            if records:
+                await store.record(records)
+            _answer(clearing, is_empty=True)
             if store.journal_nbytes > self._max_journal_nbytes():
                 await self._renew_journal(store, self.index.placed())
         except OSError as error:
+            self._clearing[:0] = (answer for answer in clearing if not answer.done())
             self.fail(store, error)
 
     def note_stored(self, blocks: Blocks, slots: Sequence[int], sums: Sequence[int]) -> None:
@@ -152,16 +160,29 @@ class Disk:
         self._records.clear()
         self.changed.set()
 
+    def fail_to_move(self, store: SsdStore, error: OSError) -> None:
+        """Blocks were not moved: the disk has failed, unless it was memory that was missing."""
+        if error.errno in _OUT_OF_MEMORY:
+            _log.warning("ssd: blocks were not moved, host memory is short: %s", error)
+        else:
+            self.fail(store, error)
+
     def lose(self, blocks: Blocks) -> None:
         """The bytes of the last of ``blocks`` have rotted, so it and what follows it leave."""
         self.index.lose(blocks)
         self.changed.set()
 
-    def clear(self) -> None:
-        """Forget everything, for good after the next ``flush``. Announces nothing."""
+    def clear(self) -> asyncio.Future[bool]:
+        """Forget everything. Announces nothing.
+
+        The answer comes when that is durable: whether a restart finds nothing of it.
+        """
         self.index.forget()
         self._records.append(cleared())
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._clearing.append(answer)
         self.changed.set()
+        return answer
 
     async def close(self) -> None:
         """Write a short journal that knows who was used last, and let go; nothing may move."""
@@ -232,6 +253,19 @@ class Disk:
         except (OSError, ConfigError) as error:
             _log.error("ssd: off, %s", error)  # it says all
 
+    async def _erase(self) -> bool:
+        """Of a tier that is off, too, nothing may come back."""
+        folders = [Path(folder) for folder in self._cache.ssd_cache_dir]
+        try:
+            await asyncio.to_thread(erase, folders)
+        except (OSError, ConfigError) as error:
+            _log.error(  # it says all
+                "ssd: what is on the disk can't be cleared; it may be back after a restart: %s",
+                error,
+            )
+            return False
+        return True
+
     def _max_journal_nbytes(self) -> int:
         num_resident = self.index.num_resident
         live_nbytes = max(self._entry_nbytes * num_resident, self._renewed_nbytes)
@@ -256,6 +290,12 @@ class Disk:
         await store.append_snapshot(records)
         await store.finish_snapshot()
         self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
+
+
+def _answer(clearing: Iterable[asyncio.Future[bool]], *, is_empty: bool) -> None:
+    for answer in clearing:
+        if not answer.done():
+            answer.set_result(is_empty)
 
 
 @contextmanager

@@ -227,13 +227,14 @@ class Engine:
         first: int = 0,
         *,
         after: object = None,
+        pin: Pin | None = None,
     ) -> Loaded:
         """Copy blocks into the paged caches: ``blocks[first + i]`` to ``gpu_block_ids[i]``.
 
         Loads as far as the resident prefix of ``blocks`` reaches. On CUDA the copies follow the
         work that is on the caller's current stream now; ``after`` replaces it by another mark of
-        the copiers' kind. When it returns, every stream sees the bytes. When it is cancelled, it
-        ends as soon as no copy uses the GPU blocks.
+        the copiers' kind. ``pin``, a lease on ``blocks``, is released. When it returns, every
+        stream sees the bytes. When it is cancelled, it ends as soon as no copy uses the GPU blocks.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
@@ -244,7 +245,7 @@ class Engine:
         marks = self._marks() if after is None else dict.fromkeys(self._transfers.copiers, after)
         blocks = blocks.part(0, first + len(block_ids))
         by_tier, num_expected = await self._below.load(
-            self._transfers, blocks, block_ids, first, marks
+            self._transfers, blocks, block_ids, first, marks, pin
         )
         num_blocks = sum(by_tier.values())
         self._counts["loaded"] += num_blocks
@@ -329,24 +330,27 @@ class Engine:
         elif tier == Tier.SSD:
             yield from (stored.blocks for stored in self._below.walk())
 
-    async def clear(self) -> None:
-        """Forget every block, those on their way included."""
-        self.forget()
-        await self._below.flush()
+    async def clear(self) -> bool:
+        """Forget every block, those on their way included.
 
-    def forget(self) -> None:
-        """As ``clear``, at once; to be called on the engine's loop."""
+        Nothing of it is served from now on, whatever the answer is. False: the disk failed or took
+        too long, so that it may be back after a restart.
+        """
         self._check_open()
         self._stores.note_clear()
-        self._below.forget()
+        emptied = self._below.forget()
         self._host.clear()
+        if emptied is None:
+            return True
+        await asyncio.wait([emptied], timeout=self._config.transfers.deadline_s)
+        return emptied.done() and emptied.result()
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        digests, counts = self._events.digests(), self._counts
-        host = self._host.stats(digests[Tier.HOST])
+        tiers, counts = self._below.stats(self._events.digests()), self._counts
+        host = tiers[Tier.HOST]
         return EngineStats(
-            tiers={Tier.HOST: host, **self._below.stats(digests[Tier.SSD])},
+            tiers=tiers,
             num_requests=counts["requests"],
             num_requested=counts["requested"],
             num_hit=counts["hit"],

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flexkv.engine.transfers import Lane
 from flexkv.errors import TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flexkv.blocks import Blocks
     from flexkv.config import Config
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_EVERY = 64  # one in so many loads that look too slow is done all the same, to measure again
+_ROOM_PERCENT = 75  # of the host tier; the rest takes stores
+_LOOK_S = 0.005  # who lets go of host slots tells nobody
+_MAX_LOOKS = 200
 _WEIGHT = 0.2  # of the latest measurement
 
 
@@ -39,8 +43,16 @@ class _Chunk:
 class Rising:
     """One chain's blocks on their way up: ``num_blocks`` of it, those in host included."""
 
-    def __init__(self, host: SharedIndex, num_blocks: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        host: SharedIndex,
+        num_blocks: int,
+        deadline_s: float,
+        leave: Callable[[], None],
+    ) -> None:
         self.num_blocks = num_blocks
+        self._leave = leave
+        self._num_held = 0  # chunks that hold host slots
         self.chunks: list[_Chunk] = []
         self._host = host
         self._deadline_s = deadline_s
@@ -75,7 +87,10 @@ class Rising:
                 break
 
     def end(self) -> None:
-        """Nobody waits any more; what is on its way arrives all the same."""
+        """Nobody waits any more; what is on its way arrives all the same, and then makes room."""
+        self._num_held = len(self.chunks)
+        if not self.chunks:
+            self._leave()
         for chunk in self.chunks:
             if chunk.arrived.done():
                 self._release(chunk.arrived)
@@ -90,12 +105,16 @@ class Rising:
         lease = arrived.result()
         if lease is not None:
             self._host.release(lease)
+        self._num_held -= 1
+        if not self._num_held:
+            self._leave()
 
 
 class Risings:
     """Begins them: reads in chunks, bounded in bytes, each a task of ``tasks``, run to its end.
 
-    Where reading is expected to take longer than computing, nothing rises.
+    Together they take three quarters of ``num_host_slots``, so that each gets what it needs. Where
+    reading is expected to take longer than computing, nothing rises.
     """
 
     def __init__(
@@ -106,12 +125,16 @@ class Risings:
         config: Config,
         block_nbytes: int,
         tasks: asyncio.TaskGroup,
+        num_host_slots: int,
     ) -> None:
         cache, settings = config.cache, config.transfers
         self._disk = disk
         self._host = host
         self._stores = stores
         self._lane = Lane(cache.ssd_read_bytes, settings.deadline_s)
+        self._num_host_slots = num_host_slots
+        room = num_host_slots * _ROOM_PERCENT // 100 * block_nbytes
+        self._room = Lane(room, settings.deadline_s)
         self._deadline_s = settings.deadline_s
         self._block_nbytes = block_nbytes
         self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
@@ -143,16 +166,35 @@ class Risings:
         self._num_slow += 1
         return num_host if self._num_slow % _RETRY_EVERY else num_disk
 
-    def begin(self, blocks: Blocks) -> Rising | None:
+    def has_room(self, blocks: Blocks) -> bool:
+        """Whether ``begin`` would not wait for others."""
+        nbytes = len(blocks) * self._block_nbytes
+        return self._room.has_room(nbytes) and self._host.has_room(blocks)
+
+    async def begin(self, blocks: Blocks) -> Rising | None:
         """Start to bring up what of ``blocks`` is on SSD and not in host; None: there is nothing.
 
-        As far as host slots can be had. Whoever begins a rising has to ``end`` it.
+        Waits for others to end, so as to find host slots; goes as far as there are some. Whoever
+        begins a rising has to ``end`` it. Where ``has_room``, it is begun without a pause.
         """
-        num_host = self._host.match(blocks).num_blocks
-        num_blocks = self.num_usable(blocks, num_host)
-        if num_blocks <= num_host:
+        nbytes = len(blocks) * self._block_nbytes
+        try:
+            await self._room.enter(nbytes)
+        except TransferError as error:
+            _log.warning("ssd: a load did not begin, its blocks count as missing: %s", error)
             return None
-        rising = Rising(self._host, num_blocks, self._deadline_s)
+        try:
+            await self._find_slots(blocks)
+        except BaseException:
+            self._room.leave(nbytes)
+            raise
+        num_host = self._host.match(blocks).num_blocks
+        num_blocks = self._disk.index.match(blocks).num_blocks if self._disk.is_on else 0
+        leave = partial(self._room.leave, nbytes)
+        if num_blocks <= num_host:
+            leave()
+            return None
+        rising = Rising(self._host, num_blocks, self._deadline_s, leave)
         previous: _Chunk | None = None
         for start in range(num_host, num_blocks, self._num_chunk_blocks):
             stop = min(start + self._num_chunk_blocks, num_blocks)
@@ -167,10 +209,20 @@ class Risings:
 
     async def settle(self, timeout_s: float) -> int:
         """Begin no more reads; wait for those that run. How many still do."""
+        self._room.turn_away()
         self._lane.turn_away()
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_s)
         return len(self._running)
+
+    async def _find_slots(self, blocks: Blocks) -> None:
+        """Wait for loads that copy from host: they let go of their slots soon."""
+        if len(blocks) > self._num_host_slots:
+            return
+        for _ in range(_MAX_LOOKS):
+            if self._host.has_room(blocks):
+                return
+            await asyncio.sleep(_LOOK_S)
 
     def _begin_chunk(
         self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None
@@ -227,7 +279,7 @@ class Risings:
             host_slots = reservation.slots[:num_blocks]
             lost = await store.read(slots, host_slots, [sums[slot] for slot in slots])
         except OSError as error:
-            disk.fail(store, error)
+            disk.fail_to_move(store, error)
             return 0
         finally:
             self._lane.leave(nbytes)

@@ -36,6 +36,16 @@ class SharedIndex:
         with self._lock:
             return self._index.match(blocks)
 
+    def has_room(self, blocks: Blocks) -> bool:
+        """Whether all of ``blocks`` are here or would find slots now."""
+        index = self._index
+        with self._lock:
+            lease = index.lease(blocks)  # what is here is no room
+            num_needed = len(blocks) - index.num_present(blocks)
+            is_room = num_needed <= index.num_free + index.num_evictable
+            index.release(lease)
+        return is_room
+
     def touch(self, blocks: Blocks) -> None:
         """What is here of ``blocks`` was used just now."""
         with self._lock:

@@ -16,6 +16,8 @@ class TierStats:
     """One tier now (``num_slots`` to ``digest``), and ever (the rest).
 
     ``digest``: of what was announced of it; equal for equal contents, however they came about.
+    ``num_slots`` of an SSD tier that is off is 0. ``num_rotten``: were of another checksum when
+    they were read. ``num_unwritten``: were to be written to the tier, and could not be in time.
     """
 
     num_slots: int
@@ -24,6 +26,9 @@ class TierStats:
     digest: str
     num_stored: int
     num_evicted: int
+    num_loaded: int = 0
+    num_rotten: int = 0
+    num_unwritten: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flexkv.blocks import BlockKey, Blocks, KVLayout
     from flexkv.config import Config
     from flexkv.engine.disk import Disk
-    from flexkv.engine.rising import Rising, Risings
+    from flexkv.engine.rising import Risings
     from flexkv.engine.runs import Lease
     from flexkv.engine.shared_index import SharedIndex
     from flexkv.engine.stats import TierStats
@@ -31,15 +32,15 @@ _HOST_SHARE = 4  # of the host tier, a quarter may wait for the SSD: the rest ta
 class Pin:
     """Keeps ``num_blocks`` of a chain from eviction, in whatever tier they are."""
 
-    __slots__ = ("_leases", "num_blocks")
+    __slots__ = ("leases", "num_blocks")
 
     def __init__(self, num_blocks: int, leases: Sequence[tuple[SharedIndex, Lease]]) -> None:
         self.num_blocks = num_blocks
-        self._leases = leases
+        self.leases = leases
 
     def release(self) -> None:
         """End it; once more does nothing. Any thread may."""
-        for index, lease in self._leases:
+        for index, lease in self.leases:
             index.release(lease)
 
 
@@ -57,6 +58,7 @@ class Tiering:
         self._config = config
         self._host = host
         self._block_nbytes = layout.block_nbytes * layout.num_ranks
+        self._loaded: Counter[Tier] = Counter()  # blocks
         self._disk: Disk | None = None
         self._risings: Risings | None = None
         self._writer: WriteThrough | None = None
@@ -101,7 +103,15 @@ class Tiering:
             max_nbytes=min(cache.ssd_write_queue_bytes, host_nbytes // _HOST_SHARE),
             second_sight=cache.ssd_admission == "second_sight",
         )
-        self._risings = Risings(disk, self._host, stores, self._config, self._block_nbytes, tasks)
+        self._risings = Risings(
+            disk,
+            self._host,
+            stores,
+            self._config,
+            self._block_nbytes,
+            tasks,
+            pool.num_slots,
+        )
         self._writing = tasks.create_task(self._writer.run())
 
     def match(self, blocks: Blocks) -> dict[Tier, int]:
@@ -113,13 +123,8 @@ class Tiering:
         """Protect what could be loaded of ``blocks``; any thread may ask."""
         host_lease = self._host.lease(blocks)
         num_host = host_lease.num_blocks
-        leases: list[tuple[SharedIndex, Lease]] = [(self._host, host_lease)]
-        num_blocks = self._num_usable(blocks, num_host)
-        if num_blocks > num_host and self._disk is not None:
-            index = self._disk.index
-            leases.append((index, index.lease(blocks.part(0, num_blocks))))
-            num_blocks = max(num_host, leases[-1][1].num_blocks)
-        return Pin(num_blocks, leases)
+        below = self._pin_below(blocks.part(0, self._num_usable(blocks, num_host)), num_host)
+        return Pin(below.num_blocks, [(self._host, host_lease), *below.leases])
 
     async def load(
         self,
@@ -128,27 +133,57 @@ class Tiering:
         block_ids: Sequence[int],
         first: int,
         marks: Mapping[int, object],
+        pin: Pin | None,
     ) -> tuple[dict[Tier, int], int]:
-        """Load ``blocks[first:]``: how many came from each tier, and how many were expected."""
+        """Load ``blocks[first:]``: how many came from each tier, and how many were expected.
+
+        ``pin`` is released at once: what waits for host slots must not hold any.
+        """
+        self.touch(blocks)
         plan = self._host.plan_load(blocks, first)
-        num_expected = len(plan.slots)
+        num_resident = first + len(plan.slots)
+        num_usable = pin.num_blocks if pin is not None else self._num_usable(blocks, num_resident)
+        below = self._pin_below(blocks.part(0, min(num_usable, len(blocks))), num_resident)
+        if pin is not None:
+            pin.release()
+        chain = blocks.part(0, below.num_blocks)
+        risings = self._risings if len(chain) > num_resident else None
+        rising = None
         num_below = 0
         try:
-            with self._rising(blocks) as rising:
+            try:
+                if risings is not None and risings.has_room(chain):
+                    rising = await risings.begin(chain)
                 num_host = await transfers.load(plan.slots, block_ids, marks)
+            finally:
+                self._host.release(plan.lease)
+            if risings is not None and num_host == len(plan.slots):
+                rising = rising or await risings.begin(chain)
                 if rising is not None:
-                    num_expected = max(num_expected, rising.num_blocks - first)
-                    if num_host == len(plan.slots):
-                        num_below = await rising.load(transfers, block_ids, first, num_host, marks)
+                    num_below = await rising.load(transfers, block_ids, first, num_host, marks)
         finally:
-            self._host.release(plan.lease)
-        return {Tier.HOST: num_host, **self._share(num_below)}, num_expected
+            below.release()
+            if rising is not None:
+                rising.end()
+        by_tier = {Tier.HOST: num_host, **self._share(num_below)}
+        self._loaded.update(by_tier)
+        return by_tier, max(len(plan.slots), below.num_blocks - first)
 
     async def prefetch(self, blocks: Blocks) -> None:
         """Bring up into host what is not there."""
-        with self._rising(blocks) as rising:
+        self.touch(blocks)
+        num_host = self._host.match(blocks).num_blocks
+        below = self._pin_below(blocks.part(0, self._num_usable(blocks, num_host)), num_host)
+        rising = None
+        try:
+            if self._risings is not None and below.num_blocks > num_host:
+                rising = await self._risings.begin(blocks.part(0, below.num_blocks))
             if rising is not None:
                 await rising.finish()
+        finally:
+            below.release()
+            if rising is not None:
+                rising.end()
 
     def touch(self, blocks: Blocks) -> None:
         """What is here of ``blocks`` was used just now; any thread may say so."""
@@ -160,11 +195,12 @@ class Tiering:
         if self._writer is not None:
             self._writer.offer(blocks)
 
-    def forget(self) -> None:
-        """Nothing is here any more; announces nothing."""
-        if self._disk is not None and self._writer is not None:
-            self._writer.clear()
-            self._disk.clear()
+    def forget(self) -> asyncio.Future[bool] | None:
+        """Nothing is here any more; announces nothing. The answer is that of ``Disk.clear``."""
+        if self._disk is None or self._writer is None:
+            return None
+        self._writer.clear()
+        return self._disk.clear()
 
     async def flush(self) -> None:
         """What was offered or forgotten so far has been written, or waits for too long."""
@@ -179,9 +215,21 @@ class Tiering:
         """The keys of everything resident in ``tier``."""
         return self._disk.index.residency() if self._disk and tier == Tier.SSD else set()
 
-    def stats(self, digest: object) -> dict[Tier, TierStats]:
-        """The SSD tier's numbers; ``digest`` is that of what is resident there."""
-        return {} if self._disk is None else {Tier.SSD: self._disk.index.stats(digest)}
+    def stats(self, digests: Mapping[Tier, object]) -> dict[Tier, TierStats]:
+        """Each tier's numbers; ``digests`` are those of what is resident."""
+        tiers = {Tier.HOST: self._host.stats(digests[Tier.HOST])}
+        if (disk := self._disk) is not None:
+            tiers[Tier.SSD] = disk.index.stats(digests[Tier.SSD])
+            if self._risings is not None and self._writer is not None:
+                of_disk = tiers[Tier.SSD]
+                tiers[Tier.SSD] = replace(
+                    of_disk,
+                    num_slots=of_disk.num_slots if disk.is_on else 0,
+                    num_free=of_disk.num_free if disk.is_on else 0,
+                    num_rotten=self._risings.num_lost,
+                    num_unwritten=self._writer.num_dropped,
+                )
+        return {tier: replace(of, num_loaded=self._loaded[tier]) for tier, of in tiers.items()}
 
     async def settle(self, timeout_s: float) -> int:
         """Let reads and writes end; how many still run."""
@@ -208,13 +256,10 @@ class Tiering:
     def _share(self, num_blocks: int) -> dict[Tier, int]:
         return {} if self._disk is None else {Tier.SSD: num_blocks}
 
-    @contextmanager
-    def _rising(self, blocks: Blocks) -> Iterator[Rising | None]:
-        """Bring up what is not in host; None: there is nothing. All of it was used just now."""
-        self.touch(blocks)
-        rising = None if self._risings is None else self._risings.begin(blocks)
-        try:
-            yield rising
-        finally:
-            if rising is not None:
-                rising.end()
+    def _pin_below(self, blocks: Blocks, num_host: int) -> Pin:
+        """Protect what could rise of ``blocks``, behind ``num_host``."""
+        if self._disk is None or len(blocks) <= num_host:
+            return Pin(num_host, ())
+        index = self._disk.index
+        lease = index.lease(blocks)
+        return Pin(max(num_host, lease.num_blocks), [(index, lease)])

@@ -41,6 +41,10 @@ class Lane:
                 turn.set_exception(TransferError("the engine is closing"))
         self._waiting.clear()
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether ``enter`` would not wait."""
+        return self._is_closed or (not self._waiting and self._fits(nbytes))
+
     async def enter(self, nbytes: int) -> None:
         """Take room for ``nbytes``, to be given back by ``leave``.
 
@@ -49,7 +53,7 @@ class Lane:
         """
         if self._is_closed:
             raise TransferError("the engine is closing")
-        if not self._waiting and self._fits(nbytes):
+        if self.has_room(nbytes):
             self.nbytes_in_flight += nbytes
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -171,7 +171,7 @@ class WriteThrough:
             if disk.is_on:
                 sums = await store.write(slots, host_slots)
         except OSError as error:
-            disk.fail(store, error)
+            disk.fail_to_move(store, error)
         finally:
             at = 0
             for blocks, reservation, lease in batch:

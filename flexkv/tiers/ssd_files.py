@@ -141,6 +141,27 @@ class SlotFiles:
         self._inodes.append((path, os.fstat(fd).st_ino))
 
 
+def erase(folders: Sequence[Path]) -> None:
+    """Without the slot files a later start finds nothing in ``folders``, which nobody may use now.
+
+    Raises:
+        OSError: one of them can't be changed, or is not there.
+        ConfigError: another process uses one.
+    """
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock = FolderLock(folder)
+            try:
+                for path in folder.glob("slots-*"):
+                    path.unlink()
+                os.fsync(fd)
+            finally:
+                lock.release()
+        finally:
+            os.close(fd)
+
+
 def failing(folders: Sequence[Path], error: OSError) -> list[Path]:
     """The folders that ``error`` names or that can't be written to; all where it is none."""
     named = [f for f in folders if error.filename and Path(error.filename).is_relative_to(f)]

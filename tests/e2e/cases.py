@@ -65,6 +65,7 @@ CONNECTORS: dict[str, dict[str, Any] | None] = {
         "kv_connector_extra_config": {"connectors": [_OWN, _OFFLOADING]},
     },
 }
+_OF_THE_ANSWER = {"prompts", "num_new_tokens"}
 NEEDS = {
     "stock": "flexkv.integration.vllm.vllm_v1_adapter",
     "own": "flexkv.integration.vllm.connector",
@@ -161,6 +162,7 @@ class Bench:
             script="cold",
             seed=case.seed,
             num_prompts=case.num_prompts,
+            more={name: value for name, value in case.more.items() if name in _OF_THE_ANSWER},
         )
         name = hashlib.sha256(repr((plain, str(python))).encode()).hexdigest()[:16]
         path = self._shared / f"{name}.json"

@@ -12,6 +12,7 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ DRAIN_S = 30.0
 _COUNTERS = {
     "external": "vllm:external_prefix_cache_hits",
     "preemptions": "vllm:num_preemptions",
+    "ssd_loaded": "vllm:flexkv_ssd_loaded_blocks",  # of our own class
+    "failed": "vllm:flexkv_load_failed_blocks",
 }
 
 
@@ -112,9 +115,18 @@ def cold(engine: Engine, case: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def cleared(engine: Engine, case: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A reset that includes the connector."""
+    """A reset that includes the connector; ``copies``: of the SSD's folder, just before and after.
+
+    A copy is what a kill -9 would leave at that moment.
+    """
     yield "cold", engine.run(case["prompts"])
+    copies = case.get("copies")
+    if copies:
+        engine.drain()
+        shutil.copytree(copies["of"], copies["before"])
     engine.reset(connector=True)
+    if copies:
+        shutil.copytree(copies["of"], copies["after"])
     yield "residency", held(case)
     yield "reset", engine.run(case["prompts"])
     engine.drain()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -83,6 +84,7 @@ class Replay:
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.media: dict[str | None, set[int]] = {}
         self.num_cleared = 0
+        self.num_removed: Counter[str | None] = Counter()  # per medium
         self.problems: list[str] = []
         self._digests: dict[int, bytes] = {}
         for batch in batches:
@@ -96,9 +98,10 @@ class Replay:
             return
         held = self.media.setdefault(event.medium, set())
         if isinstance(event, BlockRemoved):
+            self.num_removed[event.medium] += len(held.intersection(event.block_hashes))
             held.difference_update(event.block_hashes)
             return
-        if event.medium == "CPU":
+        if event.medium != "GPU":
             self._check(event, held)
         self._learn(event)
         held.update(event.block_hashes)

@@ -52,6 +52,30 @@ def test_the_stream_replays_to_what_is_resident(
     assert held <= replay.media["CPU"]
 
 
+@pytest.mark.parametrize("connector", ["stock", "own"])
+def test_the_stream_replays_to_what_is_resident_in_host_and_on_ssd(
+    bench: Bench, tmp_path: Path, connector: str
+) -> None:
+    need(connector)
+    endpoint = f"ipc://{tmp_path}/events"
+    cache = {
+        "num_cpu_blocks": 48,
+        "enable_ssd": True,
+        "num_ssd_blocks": 56,  # less than what comes by, so that some has to leave
+        "ssd_cache_dir": str(tmp_path / "ssd"),
+    }
+    case = Case(connector=connector, engine=publishing(endpoint), script="events", cache=cache)
+    with Subscriber(endpoint) as subscriber:
+        answer = bench.run(case)
+    replay = Replay(subscriber.batches)
+    assert replay.problems == []
+    for medium, tier in (("CPU", "HOST"), ("STORAGE", "SSD")):
+        held = {int(key[-16:], 16) for key in answer["residency"]["keys"][tier]}
+        assert len(held) > 30
+        assert replay.media[medium] == held
+        assert replay.num_removed[medium] > 0
+
+
 def test_the_reader_understands_vllms_own_events(bench: Bench, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/events"
     case = Case(engine=publishing(endpoint), script="events")

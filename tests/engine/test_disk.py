@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -118,6 +119,23 @@ async def test_a_part_comes_from_host_and_the_rest_from_ssd(tmp_path: Path) -> N
         assert loaded.nbytes_by_tier == {Tier.HOST: 2 * 64, Tier.SSD: 2 * 64}
 
 
+async def test_loads_at_the_same_time_do_not_take_host_slots_from_each_other(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path / "ssd") as b:
+        for blocks in (A, C):
+            await b.store(blocks)
+        leases = [b.engine.lease(blocks) for blocks in (A, C)]
+        assert [lease.num_blocks for lease in leases] == [4, 4]
+        loads = [
+            b.engine.load(blocks, range(at, at + 4), pin=lease)
+            for at, blocks, lease in zip((20, 24), (A, C), leases, strict=True)
+        ]
+        assert [loaded.num_blocks for loaded in await asyncio.gather(*loads)] == [4, 4]
+        for at, blocks in ((20, A), (24, C)):
+            assert b.copier.wrong_blocks(blocks, list(range(at, at + 4))) == 0
+
+
 async def test_a_load_behind_a_gpu_prefix_brings_what_is_asked_for(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd") as b:
         await b.store(A)
@@ -207,7 +225,7 @@ async def test_what_is_of_nobody_knows_which_weights_is_not_kept(
 async def test_clear_empties_it_for_good(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd") as b:
         await b.store(A)
-        await b.engine.clear()
+        assert await b.engine.clear()
         assert b.held(Tier.SSD) == set()
         crashed = tmp_path / "crashed"
         shutil.copytree(tmp_path / "ssd", crashed)  # as kill -9 would leave it
@@ -230,6 +248,8 @@ async def test_a_rotten_block_is_a_miss_and_leaves_with_what_follows(tmp_path: P
         loaded = await b.load(A)
         assert (loaded.num_blocks, len(loaded.missing)) == (2, 2)
         assert b.held(Tier.SSD) == {*A[:2], *C}
+        of_ssd = b.engine.stats().tiers[Tier.SSD]
+        assert (of_ssd.num_rotten, of_ssd.num_loaded) == (1, 2)
         await b.store(A)  # recomputed
         await b.store(C)
         assert (await b.load(A)).num_blocks == 4
@@ -247,6 +267,7 @@ async def test_a_disk_that_fails_to_write_turns_the_tier_off_and_the_engine_goes
         assert b.held(Tier.SSD) == set()
         assert os.strerror(number) in caplog.text
         assert "ssd: off" in caplog.text
+        assert b.engine.stats().tiers[Tier.SSD].num_slots == 0
         assert b.engine.lookup(A).num_blocks == 0
         assert (await b.load(C)).num_blocks == 4
         assert (await b.store(A)).num_stored == 4
@@ -279,6 +300,56 @@ async def test_a_folder_that_vanishes_takes_only_itself(
         assert b.held(Tier.SSD) == {*A, *C}
         assert b.engine.stats().tiers[Tier.SSD].num_slots == 16
         assert (await b.load(A)).num_blocks == 4
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EFAULT])
+async def test_too_little_memory_is_a_miss_and_no_failure_of_the_disk(
+    tmp_path: Path, number: int
+) -> None:
+    disk = FaultyDisk(random.Random(0), number=number)
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        await b.store(C)
+        disk._chances["read_error"] = 1
+        assert (await b.load(A)).num_blocks == 0
+        disk._chances["read_error"] = 0
+        assert (await b.load(A)).num_blocks == 4
+        assert b.held(Tier.SSD) == {*A, *C}
+
+
+async def test_clear_reaches_a_disk_that_has_failed(tmp_path: Path) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        disk._chances["read_error"] = 1
+        await b.store(C)
+        assert (await b.load(A)).num_blocks == 0
+        assert await b.engine.clear()
+    async with bench(tmp_path / "ssd") as b:
+        assert b.held(Tier.SSD) == set()
+
+
+async def test_a_disk_that_fails_during_a_clear_is_emptied(tmp_path: Path) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        disk._chances["write_error"] = 1
+        assert await b.engine.clear()
+    async with bench(tmp_path / "ssd") as b:
+        assert b.held(Tier.SSD) == set()
+
+
+async def test_clear_says_so_where_a_disk_can_not_be_emptied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        (tmp_path / "ssd").rename(tmp_path / "away")
+        await b.store(C)
+        assert not await b.engine.clear()
+        assert "can't be cleared" in caplog.text
+        assert b.held(Tier.HOST) == set()
 
 
 async def test_a_full_disk_at_the_start_is_said_and_the_engine_goes_on(
@@ -329,7 +400,7 @@ async def test_under_pressure_writes_are_dropped_and_loads_go_on(tmp_path: Path)
         b.copier.compute(C, range(4, 8))
         await b.engine.store(A, range(4))
         await b.engine.store(C, range(4, 8))
-        assert b.engine._below._writer.num_dropped == 4
+        assert b.engine.stats().tiers[Tier.SSD].num_unwritten == 4
         assert (await b.load(C)).num_blocks == 4
         await b.engine._below._writer.settled(10)
         await b.store(C)  # the next store makes up for it

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import threading
+from concurrent.futures import Future
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -161,18 +162,32 @@ class EngineService:
             return True
 
     def clear(self) -> bool:
-        """Forget everything. False if the engine does not answer; without one all is forgotten."""
+        """Forget everything, for good. False if that did not happen in time.
+
+        Without an engine nothing is in host memory, but what is on SSD stays.
+        """
         with self._lock:  # a store that has not begun would begin after the clear
             for stores in self._stores.values():
                 for store in stores:
                     store.keep = False
-        try:
-            self._thread.ask(self._clear, _CLEAR_S)
-        except FlexKVError as error:
-            if self._thread.alive:
-                _log.error("the cache was not cleared: %s", error)
-                return False
-        return True
+        cleared: Future[bool] = Future()
+        has_ssd = self._settings.config.cache.enable_ssd
+
+        def begin() -> None:
+            if self._jobs is not None:
+                self._jobs.create_task(self._clear(cleared))
+            else:
+                cleared.set_result(not has_ssd)
+
+        is_cleared = not has_ssd
+        if self._thread.call(begin):
+            try:
+                is_cleared = cleared.result(_CLEAR_S)
+            except TimeoutError:
+                is_cleared = not (has_ssd or self._thread.alive)
+        if not is_cleared:
+            _log.error("the cache was not cleared for good: ask again, or end this process")
+        return is_cleared
 
     def close(self) -> None:
         """End the thread."""
@@ -181,9 +196,14 @@ class EngineService:
 
     # What follows runs on the engine's loop.
 
-    def _clear(self) -> None:
-        if self._engine is not None:
-            self._engine.forget()
+    async def _clear(self, cleared: Future[bool]) -> None:
+        is_cleared = False
+        try:
+            is_cleared = self._engine is None or await self._engine.clear()
+        except FlexKVError as error:
+            _log.warning("the cache was not cleared: %s", error)
+        finally:
+            cleared.set_result(is_cleared)
 
     def _start(self, job: Coroutine[None, None, None]) -> None:
         def begin() -> None:
@@ -208,7 +228,7 @@ class EngineService:
         missing: Sequence[int] = block_ids
         try:
             if self._engine is not None:
-                loaded = await self._engine.load(blocks, block_ids, first, after=step)
+                loaded = await self._engine.load(blocks, block_ids, first, after=step, pin=pin)
                 missing = loaded.missing
         except FlexKVError as error:
             _log.warning("a load failed, its blocks are computed again: %s", error)

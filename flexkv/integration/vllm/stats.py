@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from flexkv.engine.stats import EngineStats
 
 
+def _of_ssd(name: str) -> Callable[[EngineStats], int]:
+    def value_of(stats: EngineStats) -> int:
+        tier = stats.tiers.get(Tier.SSD)
+        return 0 if tier is None else getattr(tier, name)
+
+    return value_of
+
+
 class _Metric(NamedTuple):
     kind: type[Counter | Gauge]
     text: str
@@ -71,6 +79,25 @@ METRICS = {
         Gauge,
         "Blocks that host memory can hold; 0 while the cache is off.",
         lambda stats: stats.tiers[Tier.HOST].num_slots,
+    ),
+    "flexkv_ssd_loaded_blocks": _Metric(
+        Counter, "Blocks copied to the GPU that came from SSD.", _of_ssd("num_loaded")
+    ),
+    "flexkv_ssd_stored_blocks": _Metric(Counter, "Blocks written to SSD.", _of_ssd("num_stored")),
+    "flexkv_ssd_unwritten_blocks": _Metric(
+        Counter, "Blocks that SSD was too slow for.", _of_ssd("num_unwritten")
+    ),
+    "flexkv_ssd_evicted_blocks": _Metric(
+        Counter, "Blocks evicted from SSD.", _of_ssd("num_evicted")
+    ),
+    "flexkv_ssd_rotten_blocks": _Metric(
+        Counter, "Blocks whose checksum was wrong when read from SSD.", _of_ssd("num_rotten")
+    ),
+    "flexkv_ssd_blocks": _Metric(Gauge, "Blocks resident on SSD.", _of_ssd("num_resident")),
+    "flexkv_ssd_slots": _Metric(
+        Gauge,
+        "Blocks that SSD can hold; 0 without SSD and when its disk has failed.",
+        _of_ssd("num_slots"),
     ),
 }
 """All that is counted: on ``/metrics`` as ``vllm:`` and the name."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from flexkv.blocks import Blocks
     from flexkv.events.log import EventSource
-    from flexkv.events.types import Event
 
 MAX_BLOCKS = 512
 """Blocks in one step's events: what a restart has to tell must not hold up a step."""
@@ -43,6 +42,7 @@ class StreamSink:
         self._lock = threading.Lock()
         self._source: EventSource | None = None
         self._last_id = 0
+        self._num_wanted = self._num_walked = 0  # walks through all that is resident
         self._next_sign_s = 0.0
         self._anew: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
@@ -55,25 +55,30 @@ class StreamSink:
         self._task = tasks.create_task(self._tell_anew())
 
     def wake(self) -> None:
-        """Take what is new."""
-        if self._source is None:
-            return
-        entries = self._source.since(self._last_id)
-        self._last_id = self._source.last_id
-        if entries is None:  # one change was larger than the log's ring
-            self._add(AllBlocksCleared())
-            self.tell_all()
-        else:
-            self._add(*(entry.event for entry in entries))
+        """Take what is new; what comes while all is told anew waits for its parents to be told."""
+        with self._lock:
+            if self._source is None or self._num_walked != self._num_wanted:
+                return
+            entries = self._source.since(self._last_id)
+            self._last_id = self._source.last_id
+            for entry in entries or ():
+                self._changes.add(entry.event)
+            if entries is not None:
+                return
+            self._changes.add(AllBlocksCleared())  # one change was larger than the log's ring
+        self.tell_all()
 
     def forget_told(self) -> None:
         """Whoever reads the stream has forgotten every tier; ``tell_all`` must follow."""
         with self._lock:
             self._changes.forget_told()
+            self._num_wanted += 1
 
     def tell_all(self) -> None:
         """Tell what is resident, as far as it is not told; to be called on the engine's loop."""
         if self._anew is not None:
+            with self._lock:
+                self._num_wanted += 1
             self._anew.set()
 
     async def close(self) -> None:
@@ -99,24 +104,30 @@ class StreamSink:
             self._next_sign_s = now_s + _SIGN_S
             yield _removed([_NOBODY], Tier.HOST)
 
-    def _add(self, *events: Event) -> None:
-        with self._lock:
-            for event in events:
-                self._changes.add(event)
-
     async def _tell_anew(self) -> None:
-        """Walk through what is resident, in pieces; what changes meanwhile comes by ``wake``."""
         assert self._anew is not None
         while True:
             await self._anew.wait()
             self._anew.clear()
             if self._source is None:
                 return
-            _, resident = self._source.dump()
-            for event in resident:
-                for piece in split(event, MAX_BLOCKS):
-                    self._add(piece)
-                    await asyncio.sleep(0)
+            await self._walk(self._source)
+            self.wake()
+
+    async def _walk(self, source: EventSource) -> None:
+        """Add what is resident, in pieces; ends early where all is to be told anew again."""
+        with self._lock:
+            number = self._num_wanted
+            self._last_id, resident = source.dump()
+        for event in resident:
+            for piece in split(event, MAX_BLOCKS):
+                with self._lock:
+                    if self._num_wanted != number:
+                        return
+                    self._changes.add(piece)
+                await asyncio.sleep(0)
+        with self._lock:
+            self._num_walked = number
 
 
 def _stored(stored: Stored) -> Any:

@@ -1,0 +1,78 @@
+"""What joins vLLM's stream is told parents first, also while all of it is told anew."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from flexkv.blocks import Tier
+from flexkv.events.log import EventLog
+from flexkv.events.types import BlockStored
+from flexkv.integration.vllm.stream import MAX_BLOCKS, StreamSink
+from tests.engine.chains import chain
+
+if TYPE_CHECKING:
+    from flexkv.blocks import Blocks
+
+CHAIN = chain(1, 2, 3, 4)
+PARENTS, CHILDREN = CHAIN[:2], CHAIN[2:]
+
+
+class Stage:
+    """A log whose residency is a list, and a sink that reads it."""
+
+    def __init__(self, ring: int = 100) -> None:
+        self.resident: list[BlockStored] = []
+        self.log = EventLog(ring=ring, max_event_blocks=100, walk=lambda: iter(list(self.resident)))
+        self.sink = StreamSink()
+
+    def store(self, blocks: Blocks) -> None:
+        self.resident.append(BlockStored(blocks, Tier.SSD))
+        self.log.append(self.resident[-1:])
+        self.sink.wake()
+
+    async def told(self) -> list[Blocks]:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return [change.blocks for change in self.sink._changes.take(MAX_BLOCKS)]
+
+
+async def test_a_child_that_comes_after_a_reset_is_told_behind_its_parents() -> None:
+    stage = Stage()
+    async with asyncio.TaskGroup() as tasks:
+        await stage.sink.start(stage.log, tasks)
+        stage.store(PARENTS)
+        assert await stage.told() == [PARENTS]
+        stage.sink.forget_told()
+        stage.store(CHILDREN)
+        assert await stage.told() == [], "who reads does not know the parents any more"
+        stage.sink.tell_all()
+        assert await stage.told() == [PARENTS, CHILDREN]
+        await stage.sink.close()
+
+
+async def test_a_second_reset_during_the_walk_begins_it_anew() -> None:
+    stage = Stage()
+    async with asyncio.TaskGroup() as tasks:
+        await stage.sink.start(stage.log, tasks)
+        stage.store(PARENTS)
+        stage.store(CHILDREN)
+        stage.sink.tell_all()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stage.sink.forget_told()
+        stage.sink.tell_all()
+        assert await stage.told() == [PARENTS, CHILDREN]
+        await stage.sink.close()
+
+
+async def test_a_change_that_is_larger_than_the_ring_is_told_all_the_same() -> None:
+    stage = Stage(ring=1)
+    async with asyncio.TaskGroup() as tasks:
+        await stage.sink.start(stage.log, tasks)
+        assert await stage.told() == []
+        stage.resident += [BlockStored(PARENTS, Tier.SSD), BlockStored(CHILDREN, Tier.SSD)]
+        stage.log.append(stage.resident)
+        stage.sink.wake()
+        assert await stage.told() == [PARENTS, CHILDREN]
+        await stage.sink.close()
