@@ -204,7 +204,8 @@ class Disk:
 
     def _emit(self, events: Sequence[Event]) -> None:
         """What leaves is recorded and announced in the step that made it true."""
-        self._records += [removed(e.blocks) for e in events if isinstance(e, BlockRemoved)]
+        if self.is_on:
+            self._records += [removed(e.blocks) for e in events if isinstance(e, BlockRemoved)]
         self._announce(events)
 
     async def _open_store(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.xdist_group("in-process")
 
 NUM_HOST_BLOCKS = 48  # a quarter of what the prompts need
 HOST_TOKENS = 32 * NUM_HOST_BLOCKS
-PASSES = ("cold", "reset", "warm")
 PROMPTS = lone_prompts(32)  # nothing is shared, so no block counts twice
 
 
@@ -41,38 +41,52 @@ def on_ssd(
     return Case(connector=connector, cache=cache, script=script, more=more, **case)
 
 
-@pytest.mark.parametrize("connector", ["stock", "own"])
 def test_what_host_evicted_comes_from_ssd_and_is_there_after_a_restart(
-    bench: Bench, tmp_path: Path, connector: str
+    bench: Bench, tmp_path: Path
 ) -> None:
-    need(connector)
-    case = on_ssd(tmp_path, connector)
-    first, second = bench.run(case), bench.run(case)
+    """With the built-in class, which passes no numbers on; few at a time, so the disk keeps up."""
+    need("stock")
+    case = on_ssd(tmp_path, "stock", engine={"max_num_seqs": 2})
+    first, second = bench.run(case), bench.run(replace(case, script="cold"))
     assert_same(bench, case, first)
-    assert_same(bench, case, second)
+    assert second["cold"]["tokens"] == bench.baseline(case)
     assert first["cold"]["external"] == 0
     assert "; 0 blocks are back" in first["log"]
     assert first["reset"]["external"] > HOST_TOKENS, "host alone does not have so much"
     assert second["cold"]["external"] > HOST_TOKENS
-    if connector == "own":  # the other one has no numbers
-        assert first["reset"]["ssd_loaded"] > 0
-        assert second["cold"]["ssd_loaded"] == second["cold"]["external"] // 32
-        assert not any(answer[name]["failed"] for answer in (first, second) for name in PASSES)
 
 
-def test_blocks_of_another_model_or_data_type_are_not_served(bench: Bench, tmp_path: Path) -> None:
+def test_loads_from_ssd_at_the_same_time_all_arrive(bench: Bench, tmp_path: Path) -> None:
+    need("own")
+    case = on_ssd(tmp_path, "own")
+    first, second = bench.run(case), bench.run(replace(case, script="cold"))
+    assert_same(bench, case, first)
+    assert second["cold"]["tokens"] == bench.baseline(case)
+    assert first["reset"]["ssd_loaded"] > 0
+    assert second["cold"]["ssd_loaded"] == second["cold"]["external"] // 32 > 0
+    assert not any(passed["failed"] for passed in (first["reset"], first["warm"], second["cold"]))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"engine": BF16}, "dtype 'torch.float32', not 'torch.bfloat16'"),
+        pytest.param({"model": "qwen2"}, "/qwen2'", marks=pytest.mark.nightly),
+    ],
+    ids=["dtype", "model"],
+)
+def test_blocks_of_another_model_or_data_type_are_not_served(
+    bench: Bench, tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
     need("own")
     bench.run(on_ssd(tmp_path, "own", script="cold"))
-    for other, said in (
-        (on_ssd(tmp_path, "own", script="cold", engine=BF16), "dtype 'torch.float32', not"),
-        (on_ssd(tmp_path, "own", script="cold", model="qwen2"), "model "),
-    ):
-        answer = bench.run(other)
-        assert answer["cold"]["external"] == 0
-        assert answer["cold"]["tokens"] == bench.baseline(other)
-        assert "starting empty" in answer["log"]
-        assert said in answer["log"]
-        assert "; 0 blocks are back" in answer["log"]
+    case = on_ssd(tmp_path, "own", script="cold", **other)
+    answer = bench.run(case)
+    assert answer["cold"]["external"] == 0
+    assert answer["cold"]["tokens"] == bench.baseline(case)
+    assert "starting empty" in answer["log"]
+    assert said in answer["log"]
+    assert "; 0 blocks are back" in answer["log"]
 
 
 def test_a_reset_of_the_connector_empties_ssd_for_good(bench: Bench, tmp_path: Path) -> None:
