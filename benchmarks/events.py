@@ -27,16 +27,18 @@ from flexkv.hashing import blocks_of
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from flexkv.blocks import Blocks
+
+    _Measure = Callable[["_Feed", Report, int], Awaitable[None]]
 
 _TOKENS_PER_BLOCK = 16
 _DEADLINE_S = 60.0
 _RANDOM = np.random.default_rng(1)
 _OUTBOX = 65_536  # the default of events.outbox
 _STEADY_RATE = 20_000  # blocks per second
-_ONE_IN = 25
+_ONE_IN = 400  # blocks, whose way is measured: 50 times a second
 
 
 class _Source:
@@ -105,20 +107,28 @@ class _Feed:
                     return
 
     async def steady(self, chains: list[Blocks], rate: float) -> tuple[list[float], float]:
-        """Tell of ``rate`` blocks per second. Latencies of one chain in 25, and the rate."""
+        """Tell of ``rate`` blocks per second. Latencies of some chains, and the rate reached.
+
+        One question at a time, about the oldest: the router is not to be busy with questions.
+        """
         latencies: list[float] = []
+        told: asyncio.Queue[tuple[Blocks, float]] = asyncio.Queue()
 
-        async def until_visible_since(blocks: Blocks, started: float) -> None:
-            await self.until_visible(blocks)
-            latencies.append(time.perf_counter() - started)
+        async def ask() -> None:
+            for _ in range(0, len(chains), one_in):
+                blocks, started = await told.get()
+                await self.until_visible(blocks)
+                latencies.append(time.perf_counter() - started)
 
+        one_in = _ONE_IN // len(chains[0])
         began = time.perf_counter()
         num_blocks = 0
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ask())
             for i, blocks in enumerate(chains):
                 await asyncio.sleep(max(0.0, began + num_blocks / rate - time.perf_counter()))
-                if i % _ONE_IN == 0:
-                    tasks.create_task(until_visible_since(blocks, time.perf_counter()))
+                if i % one_in == 0:
+                    told.put_nowait((blocks, time.perf_counter()))
                 self._source.store(blocks)
                 self._sink.wake()
                 num_blocks += len(blocks)
@@ -168,7 +178,7 @@ async def _measure(feed: _Feed, report: Report, num_blocks: int) -> None:
 async def _measure_steady(feed: _Feed, report: Report, num_blocks: int) -> None:
     label = f"steady {_STEADY_RATE} blocks/s, {num_blocks} per event"
     num_samples = 100 if report.quick else 1000
-    chains = _chains(_ONE_IN * num_samples, num_blocks)
+    chains = _chains(_ONE_IN // num_blocks * num_samples, num_blocks)
     gc.collect()
     gc.freeze()  # the chains were made here, not by an engine
     latencies, rate = await feed.steady(chains, _STEADY_RATE)
@@ -180,7 +190,7 @@ async def _measure_steady(feed: _Feed, report: Report, num_blocks: int) -> None:
     report.add(f"missing, {label}", await feed.num_missing(chains), "blocks", target=0)
 
 
-async def _main(report: Report) -> None:
+async def _deployed(report: Report, measure: _Measure, sizes: Sequence[int]) -> None:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         nats = await stack.enter_async_context(NatsServer())
@@ -206,16 +216,15 @@ async def _main(report: Report) -> None:
         stack.push_async_callback(sink.close)
         feed = _Feed(source, sink, router, worker.worker_id)
         await feed.until_settled()
-        for num_blocks in (4, 16):
-            await _measure_steady(feed, report, num_blocks)
-        for num_blocks in (1, 16, 64):
-            await _measure(feed, report, num_blocks)
+        for num_blocks in sizes:
+            await measure(feed, report, num_blocks)
 
 
 def main() -> None:
     """Measure and report."""
     report = Report(__doc__)
-    asyncio.run(_main(report))
+    asyncio.run(_deployed(report, _measure_steady, (4, 16)))
+    asyncio.run(_deployed(report, _measure, (1, 16, 64)))
     report.finish()
 
 
