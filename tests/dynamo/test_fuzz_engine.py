@@ -19,7 +19,7 @@ from flexkv.events.digest import digest_of
 from flexkv.events.nats import NatsSink
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
 from tests.dynamo.lossy import LossyProxy
-from tests.dynamo.shelf import settings
+from tests.dynamo.shelf import settings, until
 from tests.dynamo.stock import Held, held_by_rank
 from tests.dynamo.test_fuzz import NOTHING, difference
 from tests.engine.chains import TOKENS_PER_BLOCK, chain
@@ -102,15 +102,16 @@ def residency(engine: Engine) -> Held:
     }
 
 
-async def until_they_agree(routers: list[Router], truth: Held) -> None:
+async def until_they_agree(routers: list[Router], engine: Engine, sink: NatsSink) -> None:
     """Return once all of them have believed exactly the truth for a second."""
     loop = asyncio.get_running_loop()
     deadline_s, num_agreed = loop.time() + PATIENCE_S, 0
     while num_agreed < 2:
         beliefs = [held_by_rank(await router.dump_events()).get(0, NOTHING) for router in routers]
+        truth = residency(engine)
         wrong = [difference(belief, truth) for belief in beliefs if belief != truth]
         num_agreed = 0 if wrong else num_agreed + 1
-        assert not wrong or loop.time() < deadline_s, wrong
+        assert not wrong or loop.time() < deadline_s, (wrong, sink.stats())
         await asyncio.sleep(1.0 if num_agreed == 1 else 0.1)
 
 
@@ -121,6 +122,7 @@ async def lived(engine: Engine, copier: SlowCopier, seed: str) -> Held:
         for number in range(NUM_USERS):
             tasks.create_task(User(number, engine, copier, seed).live())
     copier.failing = 0
+    await until(lambda: not any(engine.stats().lanes.values()))  # nobody waits, bytes still move
     await engine.flush()
     truth, stats = residency(engine), engine.stats()
     for name, tier in TIERS.items():
@@ -150,5 +152,6 @@ async def test_routers_believe_both_tiers_of_an_engine(
                 num_on_disk = len(truth["disk"])
                 proxy.calm()
                 async with Router(url, tmp_path, tokens_per_block=size) as second:
-                    await until_they_agree([first, second], truth)
+                    await until_they_agree([first, second], engine, sink)
+                assert residency(engine) == truth, "all was quiet"
         assert proxy.fates["lost"]
