@@ -66,9 +66,11 @@ class CuttingServer(RecoveryServer):
         self._num_answers -= 1
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(*request.address)
-            writer.write(reqplane.greeting(request.subject) + reqplane.LENGTHS.pack(0, 1000, 0))
-            await writer.drain()
-            writer.close()
+            try:
+                writer.write(reqplane.greeting(request.subject) + reqplane.LENGTHS.pack(0, 1000, 0))
+                await writer.drain()
+            finally:  # the end of the round may come in between
+                writer.close()
 
 
 class Round:

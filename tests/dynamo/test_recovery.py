@@ -293,6 +293,7 @@ async def test_the_record_appears_only_when_the_server_answers(
         host, _, rest = target["transport"]["tcp"].partition(":")
         _, writer = await asyncio.open_connection(host, int(rest.partition("/")[0]))
         writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_dump_is_believed_whatever_changes_while_it_is_made(
