@@ -79,13 +79,17 @@ async def verify(
     async with router, auditor(settings) as asking:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
+        latest: dict[Source, tuple[_Difference, _Difference]] = {}
         lasting: dict[Source, tuple[_Difference, _Difference]] = {}
         while True:
             audits = {source: await asking.ask(*source) for source in sources}
             believed = beliefs(await router.dump_events())
             for source, audit in audits.items():
                 now = differences(audit.held, believed.get(source, {}))
-                before = lasting.get(source, now)
+                before = latest.get(source, now)
+                latest[source] = now
+                # what differs in two looks running is no news under way; a router that had heard
+                # of nothing at the first look must not hide what it believes too much later
                 lasting[source] = (now[0] & before[0], now[1] & before[1])
             settled = not any(one or other for one, other in lasting.values())
             if settled or asyncio.get_running_loop().time() > deadline_s:
