@@ -50,7 +50,6 @@ def settings(endpoint: str, *, num_host_blocks: int = 32, **other: Any) -> VllmS
         "block_size": TOKENS_PER_BLOCK,
         "num_ranks": 1,
         "rank": 0,
-        "dp_rank": 0,
         "publishes": False,
     }
     return VllmSettings(**(given | other))

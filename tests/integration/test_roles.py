@@ -38,6 +38,17 @@ def both(endpoint: str) -> Iterator[Roles]:
         yield made
 
 
+@pytest.fixture
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = CpuPagedCopier._move
+
+    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
+        time.sleep(0.1)
+        move(self, *tensors)
+
+    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+
+
 def stored(both: Roles) -> torch.Tensor:
     """BLOCKS are resident; their bytes."""
     both.store(BLOCKS, IDS)
@@ -138,16 +149,8 @@ def test_a_dead_worker_thread_reports_what_it_owes_after_its_last_copy(
     assert failed in (set(), set(OTHER_IDS))
 
 
-def test_a_request_that_ends_while_it_is_stored_keeps_its_blocks_until_then(
-    both: Roles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    move = CpuPagedCopier._move
-
-    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
-        time.sleep(0.1)
-        move(self, *tensors)
-
-    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+@pytest.mark.usefixtures("slow_copies")
+def test_a_request_that_ends_while_it_is_stored_keeps_its_blocks_until_then(both: Roles) -> None:
     both.store(BLOCKS, IDS, "ending")
     assert both.service.finish("ending")
     both.begin_step(finishing=["ending"])
@@ -158,16 +161,8 @@ def test_a_request_that_ends_while_it_is_stored_keeps_its_blocks_until_then(
     assert both.reports({"ending"})[0] == set()
 
 
-def test_what_a_preempted_request_was_storing_is_not_kept(
-    both: Roles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    move = CpuPagedCopier._move
-
-    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
-        time.sleep(0.1)
-        move(self, *tensors)
-
-    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+@pytest.mark.usefixtures("slow_copies")
+def test_what_a_preempted_request_was_storing_is_not_kept(both: Roles) -> None:
     both.store(BLOCKS, IDS, "preempted")
     both.service.discard("preempted")
     assert not both.service.finish("preempted")
@@ -185,16 +180,8 @@ def test_what_was_being_stored_when_all_was_forgotten_does_not_come_back(both: R
         assert both.resident(BLOCKS) == 0
 
 
-def test_a_request_that_was_preempted_after_its_end_is_sent_all_the_same(
-    both: Roles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    move = CpuPagedCopier._move
-
-    def slow(self: CpuPagedCopier, *tensors: Any) -> None:
-        time.sleep(0.1)
-        move(self, *tensors)
-
-    monkeypatch.setattr(CpuPagedCopier, "_move", slow)
+@pytest.mark.usefixtures("slow_copies")
+def test_a_request_that_was_preempted_after_its_end_is_sent_all_the_same(both: Roles) -> None:
     both.store(BLOCKS, IDS, "ending")
     assert both.service.finish("ending")
     both.service.discard("ending")

@@ -31,7 +31,6 @@ class VllmSettings:
     block_size: int
     num_ranks: int
     rank: int
-    dp_rank: int
     publishes: bool
     notes: tuple[str, ...] = ()
     identity: Mapping[str, object] | None = None
@@ -62,7 +61,6 @@ def settings_of(vllm_config: Any) -> VllmSettings:
         block_size=block_size,
         num_ranks=parallel.world_size,
         rank=parallel.rank,
-        dp_rank=dp_rank or 0,
         publishes=publishes,
         notes=given.notes,
         identity=identity_of(vllm_config) if config.cache.enable_ssd else None,
