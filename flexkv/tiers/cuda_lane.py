@@ -81,6 +81,9 @@ class _Running(NamedTuple):
     copying: _Copying
 
 
+_Ended = tuple[_Copying, TransferError | None]
+
+
 class Lane:
     """Copies in one direction. For callers of one event loop.
 
@@ -100,6 +103,7 @@ class Lane:
         self._on_loss = on_loss
         self._turn = 0
         self._places = asyncio.Semaphore(max_slices)
+        self._most_untold = max_slices // 2  # ended slices of one copy; others need their places
         self._running: SimpleQueue[_Running | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._name = name
@@ -147,7 +151,7 @@ class Lane:
         else:
             self._running.put(_Running(submitted, copying))
 
-    def _report(self, ended: list[tuple[_Copying, TransferError | None]]) -> None:
+    def _report(self, ended: list[_Ended]) -> None:
         for copying, error in ended:
             self._places.release()
             copying.end(error)
@@ -155,23 +159,30 @@ class Lane:
     # What follows runs in the thread.
 
     def _serve(self) -> None:
+        ended: list[_Ended] = []
         running = self._running.get()
         while running is not None:
-            loop = running.copying.loop
-            ended = [(running.copying, self._outcome(running))]
-            following: list[_Running | None] = []  # none, or the first that has not ended
-            while not following:
-                try:
-                    other = self._running.get_nowait()
-                except Empty:
-                    break
-                if other is not None and self._has_ended(other):
-                    ended.append((other.copying, self._outcome(other)))
-                else:
-                    following.append(other)
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
-                loop.call_soon_threadsafe(self._report, ended)
-            running = following[0] if following else self._running.get()
+            if ended and not (self._has_ended(running) or self._can_wait(ended, running)):
+                self._tell(ended)
+                ended = []
+            ended.append((running.copying, self._outcome(running)))
+            try:
+                running = self._running.get_nowait()
+            except Empty:
+                self._tell(ended)
+                ended = []
+                running = self._running.get()
+        if ended:
+            self._tell(ended)
+
+    def _can_wait(self, ended: list[_Ended], running: _Running) -> bool:
+        """Does nobody ask before ``running`` ends? Whoever is told meanwhile takes the GIL."""
+        is_one = all(copying is running.copying for copying, _ in ended)
+        return is_one and len(ended) < self._most_untold
+
+    def _tell(self, ended: list[_Ended]) -> None:
+        with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
+            ended[0][0].loop.call_soon_threadsafe(self._report, ended)
 
     def _outcome(self, running: _Running) -> TransferError | None:
         error = running.submitted.error

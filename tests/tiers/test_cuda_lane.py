@@ -98,8 +98,9 @@ async def test_no_more_slices_than_allowed_are_in_flight(made: Made) -> None:
     other = made.copy("i")
     await turns()
     assert made.num_submitted == 4
-    made.channels[0].events[0].come.set()
-    await until(lambda: made.num_submitted == 5)
+    for channel in made.channels:  # half of them
+        channel.events[0].come.set()
+    await until(lambda: made.num_submitted == 6)
     while not (task.done() and other.done()):
         for channel in made.channels:
             for event in channel.events:
@@ -198,6 +199,19 @@ async def test_ends_that_came_together_wake_the_loop_once(
         event.come.set()  # the thread waits for the very first
     await asyncio.gather(*tasks)
     assert calls == [4]
+    made.lane.close()
+
+
+async def test_an_end_is_told_at_once_if_what_follows_belongs_to_another_copy(made: Made) -> None:
+    first, second = made.copy("a"), made.copy("b", "c", "d")
+    await turns()
+    made.channels[0].events[0].come.set()
+    await first
+    assert not second.done()
+    for channel in made.channels:
+        for event in channel.events:
+            event.come.set()
+    await second
     made.lane.close()
 
 
