@@ -30,8 +30,6 @@ class WayTable:
     direct_load_nbytes: int = 8 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
     row_nbytes: int = 256 << 10  # shorter rows are left to the kernel, which is faster
-    few_rows_nbytes: int = 4 << 20  # but not of copies up to this
-    short_row_nbytes: int = 64 << 10  # unless they are shorter than this
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
     staged_programs: int = 264
@@ -94,12 +92,7 @@ def described(shape: Shape, table: WayTable) -> str:
     if not shape.has_kernel:
         return f"{staged} by torch alone"
     loads, stores = table.direct_load_nbytes >> 20, table.direct_store_nbytes >> 20
-    few = ""
-    if _has_rows(shape, table, table.short_row_nbytes):
-        few = f"up to {table.few_rows_nbytes >> 20} MiB by DMA in rows, else "
-    return (
-        f"{few}loads up to {loads} MiB and stores up to {stores} MiB by one kernel, else {staged}"
-    )
+    return f"loads up to {loads} MiB and stores up to {stores} MiB by one kernel, else {staged}"
 
 
 def slice_blocks(shape: Shape, table: WayTable) -> int:
@@ -112,14 +105,14 @@ def _way(
 ) -> Way:
     if _is_whole(shape, table):
         return Way.WHOLE
-    nbytes = len(slots) * shape.block_nbytes
-    is_few = nbytes <= table.few_rows_nbytes
-    if _has_rows(shape, table, table.short_row_nbytes if is_few else table.row_nbytes):
+    if _is_rows(shape, table):
         return Way.ROWS
+    nbytes = len(slots) * shape.block_nbytes
+    most = table.direct_store_nbytes if is_store else table.direct_load_nbytes
+    if shape.has_kernel and nbytes <= most:
+        return Way.DIRECT
     if not shape.has_kernel:
         return Way.STAGED
-    if nbytes <= (table.direct_store_nbytes if is_store else table.direct_load_nbytes):
-        return Way.DIRECT
     if shape.block_nbytes < table.dma_nbytes:
         num_runs = len(_runs(block_ids, slots, shape, Way.STAGED))
         if nbytes < num_runs * table.dma_nbytes:
@@ -132,12 +125,8 @@ def _is_whole(shape: Shape, table: WayTable) -> bool:
 
 
 def _is_rows(shape: Shape, table: WayTable) -> bool:
-    return _has_rows(shape, table, table.row_nbytes)
-
-
-def _has_rows(shape: Shape, table: WayTable, least_nbytes: int) -> bool:
     large = shape.block_nbytes >= table.dma_nbytes
-    return large and shape.row_nbytes > 0 and shape.row_nbytes >= least_nbytes
+    return large and shape.row_nbytes > 0 and shape.row_nbytes >= table.row_nbytes
 
 
 def _sizes(num_blocks: int, shape: Shape, table: WayTable, *, is_ramp: bool) -> list[int]:

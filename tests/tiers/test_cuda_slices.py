@@ -54,8 +54,6 @@ def ways(number: int, of: Shape, *, step: int = 1, is_store: bool = True) -> set
         (1, shape(row_nbytes=256 << 10), 1, Way.ROWS),
         (1000, shape(row_nbytes=256 << 10), 1, Way.ROWS),
         (1000, shape(row_nbytes=64 << 10), 1, Way.STAGED),
-        (3, shape(row_nbytes=64 << 10), 1, Way.DIRECT),
-        (1, shape(row_nbytes=32 << 10), 1, Way.DIRECT),
         (1000, shape(row_nbytes=256 << 10, has_kernel=False), 1, Way.ROWS),
     ],
 )
@@ -66,12 +64,6 @@ def test_each_copy_goes_its_way(number: int, of: Shape, step: int, way: Way) -> 
     assert not (needs_staging(of, WayTable()) and way in {Way.WHOLE, Way.ROWS})
 
 
-def test_short_rows_go_by_dma_while_they_are_few() -> None:
-    of = shape(row_nbytes=64 << 10)
-    assert ways(2, of) == ways(1, of, is_store=False) == {Way.ROWS}
-    assert needs_staging(of, WayTable())  # for the others
-
-
 @pytest.mark.parametrize(
     ("of", "says"),
     [
@@ -79,7 +71,6 @@ def test_short_rows_go_by_dma_while_they_are_few() -> None:
         (shape(has_kernel=False), "by torch alone"),
         (shape(is_whole=True), "whole blocks by DMA"),
         (shape(row_nbytes=256 << 10), "rows of 256 KiB"),
-        (shape(row_nbytes=64 << 10), "up to 4 MiB by DMA in rows, else loads up to 8 MiB"),
     ],
 )
 def test_the_log_says_which_way(of: Shape, says: str) -> None:
