@@ -17,6 +17,11 @@ from flexkv.config_values import (
 )
 
 _MAX_S = 86400
+_PAIRS = (
+    ("nats_user", "nats_password"),
+    ("nats_tls_cert", "nats_tls_key"),
+    ("etcd_user", "etcd_password"),
+)
 
 
 class EventsConfig(Settings):
@@ -67,6 +72,8 @@ class EventsConfig(Settings):
         default=("http://localhost:2379",),
         allowed="http://HOST:PORT or https://HOST:PORT, or a list of them",
     )
+    etcd_user: Text | None = setting("user name there; needs `etcd_password`", default=None)
+    etcd_password: Text | None = setting("password of `etcd_user`", default=None, secret=True)
     discovery_path: Text | None = setting(
         "folder of the file discovery; as in Dynamo, `$TMPDIR/dynamo_store_kv` if not given",
         default=None,
@@ -138,7 +145,7 @@ class EventsConfig(Settings):
         if self.sink == "nats" and self.worker_id is None:
             need = "it needs a worker_id (or DYN_FPM_WORKER_ID)"
             problems.append(Problem(("sink",), f'is "nats": {need}'))
-        for pair in (("nats_user", "nats_password"), ("nats_tls_cert", "nats_tls_key")):
+        for pair in _PAIRS:
             given = [field for field in pair if getattr(self, field) is not None]
             if len(given) == 1:
                 missing = next(field for field in pair if field not in given)

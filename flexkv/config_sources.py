@@ -61,6 +61,8 @@ DYNAMO_VARIABLES = {
     "DYN_NAMESPACE": "namespace",
     "DYN_REQUEST_PLANE": "request_plane",
     "DYN_TCP_RPC_HOST": "recovery_host",
+    "ETCD_AUTH_PASSWORD": "etcd_password",
+    "ETCD_AUTH_USERNAME": "etcd_user",
     "ETCD_ENDPOINTS": "etcd_endpoints",
     "NATS_SERVER": "nats_servers",
     "NATS_TLS_CA_CERT_PATH": "nats_tls_ca",

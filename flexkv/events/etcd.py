@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import json
+import threading
+import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
 
 from flexkv.errors import FeedError
 from flexkv.events import ownership
@@ -22,56 +27,153 @@ _SOURCES = "v1/event_sources/"
 _LEASE_S = 10  # as Dynamo's own
 _CALL_S = 2.0
 _MAX_ANSWER_NBYTES = 64 * 2**20
+_PIECE_NBYTES = 2**16
+_NOT_AUTHORIZED = {400, 401}  # no token, or one that has expired
+_NO_ANSWER = (
+    OSError,
+    ValueError,
+    http.client.HTTPException,
+    msgspec.MsgspecError,
+    RecursionError,
+)
+
+_Number = int | Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,19}$")]  # int64 comes as a text
+_T = TypeVar("_T")
+
+
+class _Done(msgspec.Struct):
+    pass
+
+
+class _Token(msgspec.Struct):
+    token: str
+
+
+class _Lease(msgspec.Struct):
+    ID: _Number
+
+
+class _Left(msgspec.Struct):
+    TTL: _Number = 0
+
+
+class _Kept(msgspec.Struct):
+    result: _Left = msgspec.field(default_factory=_Left)
+
+
+class _Pair(msgspec.Struct):
+    key: str = ""
+    value: str = ""
+
+
+class _Found(msgspec.Struct):
+    kvs: list[_Pair] = []
+    count: _Number = 0
 
 
 class Etcd:
-    """The calls that discovery needs; of several endpoints the first that answers is asked."""
+    """The calls that discovery needs, each of them in the thread of the caller.
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._endpoints = endpoints
+    Of several endpoints the one that answered last is asked first. Each call raises FeedError
+    where none answers, or not as an etcd does.
+    """
 
-    def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request, in the thread of the caller.
+    def __init__(
+        self, endpoints: Sequence[str], user: str | None = None, password: str | None = None
+    ) -> None:
+        self._endpoints = list(endpoints)
+        self._user = user
+        self._password = password
+        self._token = ""
+        no_proxy = urllib.request.ProxyHandler({})  # Dynamo's own client knows none either
+        self._opener = urllib.request.build_opener(no_proxy)
 
-        Raises:
-            FeedError: no endpoint answers.
-        """
-        last: Exception | None = None
-        for endpoint in self._endpoints:
-            url = f"{endpoint.rstrip('/')}/v3/{path}"
-            request = urllib.request.Request(url, json.dumps(body).encode())  # noqa: S310  # http(s)
-            try:
-                with urllib.request.urlopen(request, timeout=_CALL_S) as answer:  # noqa: S310  # as above
-                    found: dict[str, Any] = json.loads(answer.read(_MAX_ANSWER_NBYTES))
-                    return found
-            except (OSError, ValueError) as error:
-                last = error
-        raise FeedError(
-            f"events.etcd_endpoints: no etcd answers at {', '.join(self._endpoints)} ({last!r}): "
-            "start it, or name another (Dynamo's own is ETCD_ENDPOINTS)"
-        )
+    def grant(self) -> str:
+        """A new lease, which lives for 10 s unless it is kept."""
+        return str(self._call("lease/grant", {"TTL": _LEASE_S}, _Lease).ID)
+
+    def keep(self, lease_id: str) -> bool:
+        """Let the lease live on; False if it has ended."""
+        return int(self._call("lease/keepalive", {"ID": lease_id}, _Kept).result.TTL) > 0
+
+    def revoke(self, lease_id: str) -> None:
+        """End the lease, and forget what it keeps."""
+        self._call("lease/revoke", {"ID": lease_id}, _Done)
 
     def put(self, key: str, value: str, lease_id: str) -> None:
         """Keep ``value`` as long as the lease lives."""
-        self.call("kv/put", {"key": _coded(key), "value": _coded(value), "lease": lease_id})
+        body = {"key": _coded(key), "value": _coded(value), "lease": lease_id}
+        self._call("kv/put", body, _Done)
 
     def delete(self, key: str) -> None:
         """Forget one key."""
-        self.call("kv/deleterange", {"key": _coded(key)})
+        self._call("kv/deleterange", {"key": _coded(key)}, _Done)
 
     def exists(self, key: str) -> bool:
         """Whether there is such a key."""
-        return bool(self.call("kv/range", {"key": _coded(key), "count_only": True}).get("count"))
+        found = self._call("kv/range", {"key": _coded(key), "count_only": True}, _Found)
+        return int(found.count) > 0
 
     def under(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Keys that begin with ``prefix``, with what their JSON says."""
         after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        found = self.call("kv/range", {"key": _coded(prefix), "range_end": _coded(after)})
-        for pair in found.get("kvs", []):
+        body = {"key": _coded(prefix), "range_end": _coded(after)}
+        for pair in self._call("kv/range", body, _Found).kvs:
             try:
-                yield base64.b64decode(pair["key"]).decode(), json.loads(_decoded(pair["value"]))
+                yield _decoded(pair.key), json.loads(_decoded(pair.value))
             except (ValueError, RecursionError):  # somebody else's
                 continue
+
+    def _call(self, path: str, body: dict[str, Any], answer: type[_T]) -> _T:
+        last: Exception | None = None
+        for endpoint in self._endpoints:
+            try:
+                found = msgspec.json.decode(self._asked(endpoint, path, body), type=answer)
+            except _NO_ANSWER as error:
+                last = error
+            else:
+                others = [other for other in self._endpoints if other != endpoint]
+                self._endpoints = [endpoint, *others]
+                return found
+        raise FeedError(
+            f"events.etcd_endpoints: no etcd answers at {', '.join(self._endpoints)} ({last!r}): "
+            "start it, name another (Dynamo's own is ETCD_ENDPOINTS), or correct etcd_user and "
+            "etcd_password (ETCD_AUTH_USERNAME, ETCD_AUTH_PASSWORD)"
+        )
+
+    def _asked(self, endpoint: str, path: str, body: dict[str, Any]) -> bytes:
+        try:
+            return self._posted(endpoint, path, body)
+        except urllib.error.HTTPError as error:
+            if self._user is None or error.code not in _NOT_AUTHORIZED:
+                raise
+        self._token = ""
+        who = {"name": self._user, "password": self._password}
+        answer = self._posted(endpoint, "auth/authenticate", who)
+        self._token = msgspec.json.decode(answer, type=_Token).token
+        return self._posted(endpoint, path, body)
+
+    def _posted(self, endpoint: str, path: str, body: dict[str, Any]) -> bytes:
+        url = f"{endpoint.rstrip('/')}/v3/{path}"
+        headers = {"Authorization": self._token} if self._token else {}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310  # http(s)
+        try:
+            with self._opener.open(request, timeout=_CALL_S) as answer:
+                return _whole(answer)
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    deadline_s = time.monotonic() + _CALL_S
+    pieces: list[bytes] = []
+    while piece := answer.read1(_PIECE_NBYTES):
+        pieces.append(piece)
+        is_long = len(pieces) * _PIECE_NBYTES > _MAX_ANSWER_NBYTES
+        if is_long or time.monotonic() > deadline_s:
+            raise TimeoutError(f"its answer has no end within {_CALL_S} s")
+    return b"".join(pieces)
 
 
 class EtcdCard:
@@ -103,6 +205,7 @@ class EtcdRecord:
         self._content = json.dumps(source_record(worker, publisher_id, recovery_address))
         self._lease_id = ""
         self._is_removed = False
+        self._lock = threading.Lock()  # a write whose waiter was cancelled goes on in its thread
 
     async def claim(self) -> None:
         """Show the record, as the only one of its worker and rank: those of the dead are removed.
@@ -121,10 +224,12 @@ class EtcdRecord:
         return await asyncio.to_thread(self._refresh)
 
     async def remove(self) -> None:
-        """Take the record away for good; routers forget the source's blocks at once."""
-        self._is_removed = True
-        if self._lease_id:
-            await asyncio.to_thread(self._etcd.call, "lease/revoke", {"ID": self._lease_id})
+        """Take the record away for good; routers forget the source's blocks at once.
+
+        Raises:
+            FeedError: etcd does not answer; the record is dead in 10 s.
+        """
+        await asyncio.to_thread(self._remove)
 
     def _claim(self) -> None:
         self._remove_the_dead()
@@ -132,8 +237,7 @@ class EtcdRecord:
         try:
             self._remove_the_dead()  # again: two may have come at once
         except FeedError:
-            self._is_removed = True
-            self._etcd.call("lease/revoke", {"ID": self._lease_id})
+            self._remove()
             raise
 
     def _remove_the_dead(self) -> None:
@@ -145,16 +249,22 @@ class EtcdRecord:
             self._etcd.delete(key)
 
     def _write(self) -> None:
-        if not self._is_removed:
-            self._lease_id = str(self._etcd.call("lease/grant", {"TTL": _LEASE_S})["ID"])
-            self._etcd.put(self._key, self._content, self._lease_id)
+        with self._lock:
+            if not self._is_removed:
+                self._lease_id = self._etcd.grant()
+                self._etcd.put(self._key, self._content, self._lease_id)
 
     def _refresh(self) -> bool:
-        alive = self._etcd.call("lease/keepalive", {"ID": self._lease_id})
-        if int(alive.get("result", {}).get("TTL", 0)) > 0 and self._etcd.exists(self._key):
+        if self._etcd.keep(self._lease_id) and self._etcd.exists(self._key):
             return True
         self._write()
         return False
+
+    def _remove(self) -> None:
+        with self._lock:
+            self._is_removed = True
+            if self._lease_id:
+                self._etcd.revoke(self._lease_id)
 
 
 def _coded(text: str) -> str:

@@ -65,7 +65,7 @@ class NatsSink:
         self._worker = _worker(settings)
         self._publisher_id = secrets.randbelow(MAX_ID) + 1
         self._folder = discovery_folder(settings)
-        self._etcd = Etcd(settings.etcd_endpoints) if settings.discovery == "etcd" else None
+        self._etcd = _etcd(settings) if settings.discovery == "etcd" else None
         self._card = (
             WorkerCard(self._folder, self._worker)
             if self._etcd is None
@@ -248,6 +248,10 @@ def _worker(settings: EventsConfig) -> WorkerRank:
         worker_id=settings.worker_id,
         dp_rank=settings.dp_rank,
     )
+
+
+def _etcd(settings: EventsConfig) -> Etcd:
+    return Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
 
 
 def discovery_folder(settings: EventsConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexkv.errors import FeedError
 from flexkv.events.dynamo import TIERS
 from flexkv.events.nats_audit import auditor
-from flexkv.events.ownership import live_records
+from flexkv.events.ownership import OWNER, live_records
 from flexkv.replay.deployment import Router
 
 if TYPE_CHECKING:
@@ -106,9 +107,13 @@ def registered(folder: Path, settings: EventsConfig) -> list[Source]:
     }
     found: set[Source] = set()
     for _, record in live_records(folder / "v1" / "event_sources"):
-        metadata = record.get("metadata", {}) if isinstance(record, dict) else {}
-        if "flexkv_owner" in metadata and metadata.get("kv_state_endpoint") == where:
-            found.add((metadata["worker"]["worker_id"], metadata["worker"]["dp_rank"]))
+        with contextlib.suppress(
+            LookupError, TypeError, ValueError, OverflowError
+        ):  # not a source's
+            metadata = record["metadata"]
+            if OWNER in metadata and metadata["kv_state_endpoint"] == where:
+                worker = metadata["worker"]
+                found.add((int(worker["worker_id"]), int(worker["dp_rank"])))
     return sorted(found)
 
 

@@ -108,7 +108,7 @@ async def test_a_lease_that_ended_is_renewed_and_the_dead_leave(etcd_url: str) -
     await mine.claim()
     assert not etcd.exists(dead._key)
     assert await mine.refresh()
-    etcd.call("lease/revoke", {"ID": mine._lease_id})
+    etcd.revoke(mine._lease_id)
     assert not await mine.refresh()
     assert etcd.exists(mine._key)
     await mine.remove()
@@ -118,3 +118,26 @@ async def test_a_lease_that_ended_is_renewed_and_the_dead_leave(etcd_url: str) -
 async def test_an_etcd_that_is_not_there_is_an_error_that_names_it() -> None:
     with pytest.raises(FeedError, match=r"events.etcd_endpoints.*127\.0\.0\.1:1"):
         await EtcdRecord(Etcd(["http://127.0.0.1:1"]), WORKER, 1, None).claim()
+
+
+async def test_an_etcd_that_wants_to_know_who_asks_is_told(etcd_url: str) -> None:
+    nobody = Etcd([etcd_url])
+    for path, body in (
+        ("auth/user/add", {"name": "root", "password": "secret"}),
+        ("auth/role/add", {"name": "root"}),
+        ("auth/user/grant", {"user": "root", "role": "root"}),
+        ("auth/enable", {}),
+    ):
+        await asyncio.to_thread(nobody._posted, etcd_url, path, body)
+    with pytest.raises(FeedError, match="etcd_password"):
+        await EtcdRecord(nobody, WORKER, 1, None).claim()
+    with pytest.raises(FeedError, match="etcd_password"):
+        await EtcdRecord(Etcd([etcd_url], "root", "wrong"), WORKER, 1, None).claim()
+    known = Etcd([etcd_url], "root", "secret")
+    mine = EtcdRecord(known, WORKER, 2, None)
+    await mine.claim()
+    assert await mine.refresh()
+    known._token = "expired"
+    assert known.exists(mine._key)
+    await mine.remove()
+    assert not known.exists(mine._key)

@@ -1,0 +1,62 @@
+"""Whatever lies in a discovery folder, it is a record or passed over."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexkv.config import EventsConfig
+from flexkv.events import ownership
+from flexkv.events.discovery import FileRecord
+from flexkv.events.dynamo import WorkerRank
+from flexkv.replay.verify import registered
+
+EVENTS = EventsConfig()
+WORKER = WorkerRank(
+    namespace=EVENTS.namespace, component=EVENTS.component, endpoint=EVENTS.endpoint, worker_id=7
+)
+NAMES = st.sampled_from(["metadata", "worker", "worker_id", "dp_rank", "topic", "publisher_id"])
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats() | st.sampled_from([7, "7", "kv-events"]) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def read(folder: Path, content: bytes) -> None:
+    record = FileRecord(folder, WORKER, 1)
+    record.path.parent.mkdir(parents=True)
+    record.path.with_name("other").write_bytes(content)
+    record._write()
+    assert (7, 0) in registered(folder, EVENTS)
+    for name, other in ownership.rivals(
+        ownership.live_records(record.path.parent), WORKER, publisher_id=1
+    ):
+        assert str(ownership.refusal(other, WORKER, name))
+
+
+@given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_a_record_or_passed_over(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        read(Path(folder), content)
+
+
+@given(st.data())
+def test_a_record_with_another_part_in_it_is_one_or_passed_over(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        content = json.loads(FileRecord(Path(folder), WORKER, 2)._content)
+        part = data.draw(
+            st.sampled_from([content, content["metadata"], content["metadata"]["worker"]])
+        )
+        part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JSON)
+        read(Path(folder), json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("odd", [{"metadata": None}, {"metadata": 3}, {"metadata": "flexkv_owner"}])
+def test_verify_passes_over_what_is_no_source(odd: object, tmp_path: Path) -> None:
+    read(tmp_path, json.dumps(odd).encode())
