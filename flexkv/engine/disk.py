@@ -65,9 +65,9 @@ def num_ssd_slots(cache: CacheConfig, layout: KVLayout) -> int:
 class Disk:
     """Slots on SSD under one index, with a journal of every change.
 
-    Where a disk fails, everything on the tier counts as lost and is announced as removed; with
-    other folders left it begins anew on those, empty; else it is off, and stays off.
-    ``announce`` is told of every change in the step that makes it true.
+    Where a disk fails, everything on the tier is a miss at once, and is announced as removed piece
+    by piece; with other folders left it then begins anew on those, empty; else it is off, and
+    stays off. ``announce`` is told of every change in the step that makes it true.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Disk:
         self._clearing: list[asyncio.Future[bool]] = []
         self._renewed_nbytes = 0
         self._pool: HostPool
+        self._tasks: asyncio.TaskGroup
+        self._dropping: asyncio.Task[None] | None = None
         self.store: SsdStore
         self.is_on = False
         self.key_nbytes = 0
@@ -104,13 +106,16 @@ class Disk:
         """The journal does not know everything yet, or a disk has failed."""
         return bool(self._records or self._clearing) or self._failure is not None
 
-    async def open(self, pool: HostPool) -> None:
+    async def open(self, pool: HostPool, tasks: asyncio.TaskGroup) -> None:
         """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
+
+        ``tasks`` takes what announces the loss of a disk.
 
         Raises:
             ConfigError: a folder can't be used at all, or another process uses it.
         """
         self._pool = pool
+        self._tasks = tasks
         if self._about is None:
             _log.warning(
                 "ssd: nothing says which weights the blocks are of, so none is kept across "
@@ -156,8 +161,9 @@ class Disk:
         self.is_on = False
         self._failure = error
         _log.error("ssd: %d blocks are lost, a disk failed: %s", self.index.num_resident, error)
-        self.index.drop_all()
         self._records.clear()
+        if self.index.drop_some():
+            self._dropping = self._tasks.create_task(_drop_all(self.index))
         self.changed.set()
 
     def fail_to_move(self, store: SsdStore, error: OSError) -> None:
@@ -240,6 +246,8 @@ class Disk:
         """Go on with the folders that still work, if there are any."""
         failure, self._failure = self._failure, None
         assert failure is not None
+        if self._dropping is not None:  # what is stored anew is announced after that
+            await asyncio.wait([self._dropping])
         await self.store.close()
         broken = await asyncio.to_thread(failing, self._folders, failure)
         self._folders = [folder for folder in self._folders if folder not in broken]
@@ -291,6 +299,11 @@ class Disk:
         await store.append_snapshot(records)
         await store.finish_snapshot()
         self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
+
+
+async def _drop_all(index: SharedDiskIndex) -> None:
+    while index.drop_some():  # noqa: ASYNC110  # nothing to wait for: others have their turn
+        await asyncio.sleep(0)  # at once it would hold up the loop for 0.1 s and more
 
 
 def _answer(clearing: Iterable[asyncio.Future[bool]], *, is_empty: bool) -> None:

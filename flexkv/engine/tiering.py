@@ -93,7 +93,7 @@ class Tiering:
         from flexkv.engine.rising import Risings  # noqa: PLC0415  # only where there is an SSD
         from flexkv.engine.write_through import WriteThrough  # noqa: PLC0415  # as above
 
-        await disk.open(pool)
+        await disk.open(pool, tasks)
         events.begin_with(self.walk())
         host_nbytes = pool.num_slots * self._block_nbytes
         self._writer = WriteThrough(

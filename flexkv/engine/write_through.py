@@ -176,7 +176,8 @@ class WriteThrough:
             at = 0
             for blocks, reservation, lease in batch:
                 num_new = len(reservation.slots)
-                index.commit(reservation, num_new if sums else 0)
+                # what was written to a disk that is lost meanwhile is lost as well
+                index.commit(reservation, num_new if sums and disk.is_on else 0)
                 if num_stored := reservation.num_stored:
                     parts = (reservation.slots[:num_stored], sums[at : at + num_stored])
                     disk.note_stored(blocks.part(0, num_stored), *parts)
