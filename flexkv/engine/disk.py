@@ -88,6 +88,7 @@ class Disk:
             self._about |= {"weights_id": cache.weights_id}
         self._folders = [Path(folder) for folder in cache.ssd_cache_dir]
         self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
+        self._devices: dict[Path, int] = {}
         self._records: list[bytes] = []
         self._failure: OSError | None = None
         self._clearing: list[asyncio.Future[bool]] = []
@@ -228,6 +229,7 @@ class Disk:
         self.store = store = SsdStore(settings, self._pool, self._calls)
         with _without_gc():
             kept = await store.open()
+            self._devices |= store.devices
             await asyncio.to_thread(self.index.restore, kept)
         for run in kept:
             self.key_nbytes = run.blocks.key_nbytes
@@ -266,7 +268,7 @@ class Disk:
         """Of a tier that is off, too, nothing may come back."""
         folders = [Path(folder) for folder in self._cache.ssd_cache_dir]
         try:
-            await asyncio.to_thread(erase, folders)
+            await asyncio.to_thread(erase, folders, self._devices)
         except (OSError, ConfigError) as error:
             _log.error(  # it says all
                 "ssd: what is on the disk can't be cleared; it may be back after a restart: %s",

@@ -82,6 +82,11 @@ class SsdStore:
         """The size of the journal now."""
         return self._journal.nbytes
 
+    @property
+    def devices(self) -> dict[Path, int]:
+        """Which file system each folder is on."""
+        return self._files.devices()
+
     async def open(self) -> list[Kept]:
         """Lock the folders, make the files, read the journal: what is there already.
 

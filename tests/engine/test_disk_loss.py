@@ -70,6 +70,36 @@ async def test_a_clear_in_the_middle_of_a_loss_leaves_nothing(tmp_path: Path) ->
         assert b.held(Tier.SSD) == b.held(Tier.HOST) == set()
 
 
+async def test_clear_does_not_take_an_empty_mount_point_for_the_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        of_ssd = b.engine._below._disk
+        assert of_ssd._devices == {tmp_path / "ssd": (tmp_path / "ssd").stat().st_dev}
+        disk._chances["write_error"] = 1
+        await b.store(C)
+        of_ssd._devices[tmp_path / "ssd"] += 1  # it was on a file system that is not mounted now
+        assert not await b.engine.clear()
+        assert "another file system is mounted there" in caplog.text
+
+
+async def test_the_line_of_numbers_tells_of_ssd(tmp_path: Path) -> None:
+    disk = FaultyDisk(random.Random(0))
+    async with bench(tmp_path / "ssd", calls=disk.calls()) as b:
+        await b.store(A)
+        await b.store(C)
+        await b.load(A)
+        line = b.engine.stats().line()
+        assert line.endswith("; SSD 8 of 32 blocks, loaded 4, stored 8, unwritten 0, rotten 0"), (
+            line
+        )
+        disk._chances["write_error"] = 1
+        await b.store(B)
+        assert b.engine.stats().line().endswith("; SSD off")
+
+
 @pytest.mark.usefixtures("tiny_pieces")
 def test_pieces_take_children_first_and_slots_that_are_in_use_last() -> None:
     events: list[Event] = []
