@@ -230,17 +230,16 @@ def beside_writers(report: Report, folder: Path, file_nbytes: int, *, num_rounds
     sides = {kind: partial(ours, kind) for kind in ("threads", *(["io_uring"] * has_uring()))}
     if shutil.which("fio"):
         sides["fio psync"] = partial(fio_readers, folder, file_nbytes)
-    alone: dict[str, list[float]] = {name: [] for name in sides}
-    beside: dict[str, list[float]] = {name: [] for name in sides}
+    ratios: dict[str, list[float]] = {name: [] for name in sides}
     written: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(num_rounds):
         for name, side in sides.items():
-            alone[name].append(side(is_written=False)[0])
-            read, wrote = side(is_written=True)
-            beside[name].append(read)
+            alone, _ = side(is_written=False)
+            beside, wrote = side(is_written=True)
+            ratios[name].append(beside / alone)
             written[name].append(wrote)
     for name in sides:
-        ratio = median(beside[name]) / median(alone[name])
+        ratio = median(ratios[name])
         target = None if name.startswith("fio") else 0.9
         name_of = f"4 readers beside 2 writers / alone, {name}"
         report.add(name_of, ratio, "", better="higher", target=target)
