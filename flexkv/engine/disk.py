@@ -87,7 +87,7 @@ class Disk:
             self._about = {"tokens_per_block": layout.tokens_per_block, **(identity or {})}
             self._about |= {"weights_id": cache.weights_id}
         self._folders = [Path(folder) for folder in cache.ssd_cache_dir]
-        self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
+        self._num_slots = num_ssd_slots(cache, layout)
         self._devices: dict[Path, int] = {}
         self._records: list[bytes] = []
         self._failure: OSError | None = None
@@ -204,7 +204,7 @@ class Disk:
         await self.store.close()
 
     def _renew_index(self) -> None:
-        num_slots = int(self._num_folder_slots * len(self._folders))
+        num_slots = self._num_slots * len(self._folders) // len(self._cache.ssd_cache_dir)
         ratio = self._cache.evict_ratio
         self.index = SharedDiskIndex(Tier.SSD, num_slots, self._emit, ratio)
         self.sums = array("Q", bytes(8 * num_slots))

@@ -190,10 +190,10 @@ class Tiering:
         if self._disk is not None:
             self._disk.index.touch(blocks)
 
-    def offer(self, blocks: Blocks) -> None:
+    def offer(self, blocks: Blocks, num_again: int) -> None:
         """Copy what host holds of ``blocks`` down, in the background."""
         if self._writer is not None:
-            self._writer.offer(blocks)
+            self._writer.offer(blocks, num_again)
 
     def forget(self) -> asyncio.Future[bool] | None:
         """Nothing is here any more; announces nothing. The answer is that of ``Disk.clear``."""
