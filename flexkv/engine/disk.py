@@ -65,9 +65,9 @@ def num_ssd_slots(cache: CacheConfig, layout: KVLayout) -> int:
 class Disk:
     """Slots on SSD under one index, with a journal of every change.
 
-    Where a disk fails, everything on the tier counts as lost and is announced as removed; with
-    other folders left it begins anew on those, empty; else it is off, and stays off.
-    ``announce`` is told of every change in the step that makes it true.
+    Where a disk fails, everything on the tier is a miss at once, and is announced as removed piece
+    by piece; with other folders left it then begins anew on those, empty; else it is off, and
+    stays off. ``announce`` is told of every change in the step that makes it true.
     """
 
     def __init__(
@@ -87,12 +87,15 @@ class Disk:
             self._about = {"tokens_per_block": layout.tokens_per_block, **(identity or {})}
             self._about |= {"weights_id": cache.weights_id}
         self._folders = [Path(folder) for folder in cache.ssd_cache_dir]
-        self._num_folder_slots = num_ssd_slots(cache, layout) / len(self._folders)
+        self._num_slots = num_ssd_slots(cache, layout)
+        self._devices: dict[Path, int] = {}
         self._records: list[bytes] = []
         self._failure: OSError | None = None
         self._clearing: list[asyncio.Future[bool]] = []
         self._renewed_nbytes = 0
         self._pool: HostPool
+        self._tasks: asyncio.TaskGroup
+        self._dropping: asyncio.Task[None] | None = None
         self.store: SsdStore
         self.is_on = False
         self.key_nbytes = 0
@@ -104,13 +107,16 @@ class Disk:
         """The journal does not know everything yet, or a disk has failed."""
         return bool(self._records or self._clearing) or self._failure is not None
 
-    async def open(self, pool: HostPool) -> None:
+    async def open(self, pool: HostPool, tasks: asyncio.TaskGroup) -> None:
         """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
+
+        ``tasks`` takes what announces the loss of a disk.
 
         Raises:
             ConfigError: a folder can't be used at all, or another process uses it.
         """
         self._pool = pool
+        self._tasks = tasks
         if self._about is None:
             _log.warning(
                 "ssd: nothing says which weights the blocks are of, so none is kept across "
@@ -156,8 +162,9 @@ class Disk:
         self.is_on = False
         self._failure = error
         _log.error("ssd: %d blocks are lost, a disk failed: %s", self.index.num_resident, error)
-        self.index.drop_all()
         self._records.clear()
+        if self.index.drop_some():
+            self._dropping = self._tasks.create_task(_drop_all(self.index))
         self.changed.set()
 
     def fail_to_move(self, store: SsdStore, error: OSError) -> None:
@@ -197,7 +204,7 @@ class Disk:
         await self.store.close()
 
     def _renew_index(self) -> None:
-        num_slots = int(self._num_folder_slots * len(self._folders))
+        num_slots = self._num_slots * len(self._folders) // len(self._cache.ssd_cache_dir)
         ratio = self._cache.evict_ratio
         self.index = SharedDiskIndex(Tier.SSD, num_slots, self._emit, ratio)
         self.sums = array("Q", bytes(8 * num_slots))
@@ -222,6 +229,7 @@ class Disk:
         self.store = store = SsdStore(settings, self._pool, self._calls)
         with _without_gc():
             kept = await store.open()
+            self._devices |= store.devices
             await asyncio.to_thread(self.index.restore, kept)
         for run in kept:
             self.key_nbytes = run.blocks.key_nbytes
@@ -240,6 +248,8 @@ class Disk:
         """Go on with the folders that still work, if there are any."""
         failure, self._failure = self._failure, None
         assert failure is not None
+        if self._dropping is not None:  # what is stored anew is announced after that
+            await asyncio.wait([self._dropping])
         await self.store.close()
         broken = await asyncio.to_thread(failing, self._folders, failure)
         self._folders = [folder for folder in self._folders if folder not in broken]
@@ -258,7 +268,7 @@ class Disk:
         """Of a tier that is off, too, nothing may come back."""
         folders = [Path(folder) for folder in self._cache.ssd_cache_dir]
         try:
-            await asyncio.to_thread(erase, folders)
+            await asyncio.to_thread(erase, folders, self._devices)
         except (OSError, ConfigError) as error:
             _log.error(  # it says all
                 "ssd: what is on the disk can't be cleared; it may be back after a restart: %s",
@@ -291,6 +301,11 @@ class Disk:
         await store.append_snapshot(records)
         await store.finish_snapshot()
         self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
+
+
+async def _drop_all(index: SharedDiskIndex) -> None:
+    while index.drop_some():  # noqa: ASYNC110  # nothing to wait for: others have their turn
+        await asyncio.sleep(0)  # at once it would hold up the loop for 0.1 s and more
 
 
 def _answer(clearing: Iterable[asyncio.Future[bool]], *, is_empty: bool) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from flexkv.tiers.ssd_frames import Kept
 
 
+_NUM_RUNS_AT_ONCE = 64
+_NUM_BLOCKS_AS_LONG_AS_A_RUN = 512  # to announce
+
+
 class DiskIndex(TierIndex):
     """A ``TierIndex`` that can be filled from a journal."""
 
@@ -52,9 +56,27 @@ class DiskIndex(TierIndex):
         runs = reversed(self._policy.ranked())
         return [(run.blocks, run.slots) for run in runs if run.state is State.RESIDENT]
 
-    def drop_all(self) -> list[Event]:
-        """All bytes are lost."""
-        return [event for run in list(self._root.children.values()) for event in self._detach(run)]
+    def drop_some(self, num_runs: int) -> list[Event]:
+        """All bytes are lost: at most so many runs leave, children first; fewer if they are long.
+
+        What is on its way leaves as well.
+        """
+        events: list[Event] = []
+        run: Run | None = self._root
+        while run is not None and num_runs > 0:
+            while run.children:
+                run = next(reversed(run.children.values()))
+            if run is self._root:
+                break
+            num_runs -= 1 + len(run.slots) // _NUM_BLOCKS_AS_LONG_AS_A_RUN
+            leaf, run = run, run.parent
+            events += self._detach(leaf)
+        return events
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is here, or on its way."""
+        return not self._root.children
 
     def _rank(self, ages: dict[Run, int]) -> None:
         """Touch all, the oldest first; a parent is at least as young as its children."""
@@ -102,10 +124,11 @@ class SharedDiskIndex(SharedIndex):
         with self._lock:
             self._emit(self._disk.lose(blocks))
 
-    def drop_all(self) -> None:
-        """All bytes are lost."""
+    def drop_some(self) -> bool:
+        """All bytes are lost: go on to drop them, well below 1 ms. Whether some are left."""
         with self._lock:
-            self._emit(self._disk.drop_all())
+            self._emit(self._disk.drop_some(_NUM_RUNS_AT_ONCE))
+            return not self._disk.is_empty
 
     def ranked(self) -> list[tuple[Blocks, array[int]]]:
         """Everything resident and its slots, the most recently used first."""

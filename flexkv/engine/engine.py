@@ -265,13 +265,14 @@ class Engine:
         first: int = 0,
         *,
         keep: Callable[[], bool] | None = None,
+        num_again: int = 0,
     ) -> Stored:
         """Copy blocks from the paged caches: ``blocks[first + i]`` from ``gpu_block_ids[i]``.
 
         Copies what is absent, as far as it fits. On CUDA the copies follow the work that is on the
         caller's current stream now. When it is cancelled, it ends as soon as no copy uses the GPU
-        blocks, and keeps nothing of what it was copying. ``keep`` is asked when the copies have
-        ended: where it says no, their source was overwritten meanwhile, and nothing is kept.
+        blocks, and keeps nothing. ``keep`` is asked when the copies have ended: False, where their
+        source was overwritten. So many blocks as ``num_again`` came before in the same request.
 
         Raises:
             InputError: the ids do not go with the blocks. Nothing was copied.
@@ -281,7 +282,7 @@ class Engine:
         self._key_nbytes = blocks.key_nbytes
         blocks = blocks.part(0, first + len(block_ids))
         stored = await self._stores.store(blocks, block_ids, first, self._marks(), keep)
-        self._below.offer(blocks)
+        self._below.offer(blocks, num_again)
         self._counts["store_dropped"] += stored.num_dropped
         return stored
 

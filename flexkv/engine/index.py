@@ -6,6 +6,8 @@ import math
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from flexkv.blocks import Blocks
 from flexkv.engine.eviction import LeastRecentlyUsed
 from flexkv.engine.runs import Lease, Reservation, Run, State
@@ -50,11 +52,10 @@ class TierIndex:
         self.num_evicted = 0  # ever
         self._min_evicted = math.ceil(round(evict_ratio * num_slots, 6))
         self._policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self._free = array("i", range(num_slots))  # a stack
+        self._free = array("i", np.arange(num_slots, dtype=np.intc).tobytes())  # a stack
         self._num_used = 0  # blocks in the tree
         self._num_pinned = 0  # of these, how many can't leave
-        nothing = Blocks(b"", b"", tokens_per_block=1)
-        self._root = Run(nothing, array("i"), None, State.RESIDENT)
+        self._root = Run(Blocks(b"", b"", tokens_per_block=1), array("i"), None, State.RESIDENT)
         self._walks: list[_Walk] = []
 
     @property
@@ -155,8 +156,8 @@ class TierIndex:
         """The bytes of the first ``num_blocks`` reserved blocks (default: all) are in place.
 
         The rest, and whatever was to follow it, is given up; then what comes before counts as used
-        just now. Blocks whose parent is not resident
-        yet wait for it. A reservation that the index gave up meanwhile only returns its slots.
+        just now. Blocks whose parent is not resident yet wait for it. A reservation that the index
+        gave up meanwhile only returns its slots.
         """
         runs = reservation.runs()
         reservation.run = None

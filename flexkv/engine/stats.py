@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flexkv.blocks import Tier
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from flexkv.blocks import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,4 +62,16 @@ class EngineStats:
             f"loaded {self.num_loaded} blocks ({self.nbytes_loaded / 2**20:.1f} MiB), "
             f"stored {self.num_stored} blocks ({self.nbytes_stored / 2**20:.1f} MiB), "
             f"evicted {evicted}, dropped {self.num_store_dropped}, failed {self.num_load_failed}"
+            f"{self._of_ssd()}"
+        )
+
+    def _of_ssd(self) -> str:
+        ssd = self.tiers.get(Tier.SSD)
+        if ssd is None:
+            return ""
+        if not ssd.num_slots:
+            return "; SSD off"
+        return (
+            f"; SSD {ssd.num_resident} of {ssd.num_slots} blocks, loaded {ssd.num_loaded}, "
+            f"stored {ssd.num_stored}, unwritten {ssd.num_unwritten}, rotten {ssd.num_rotten}"
         )

@@ -93,7 +93,7 @@ class Tiering:
         from flexkv.engine.rising import Risings  # noqa: PLC0415  # only where there is an SSD
         from flexkv.engine.write_through import WriteThrough  # noqa: PLC0415  # as above
 
-        await disk.open(pool)
+        await disk.open(pool, tasks)
         events.begin_with(self.walk())
         host_nbytes = pool.num_slots * self._block_nbytes
         self._writer = WriteThrough(
@@ -190,10 +190,10 @@ class Tiering:
         if self._disk is not None:
             self._disk.index.touch(blocks)
 
-    def offer(self, blocks: Blocks) -> None:
+    def offer(self, blocks: Blocks, num_again: int) -> None:
         """Copy what host holds of ``blocks`` down, in the background."""
         if self._writer is not None:
-            self._writer.offer(blocks)
+            self._writer.offer(blocks, num_again)
 
     def forget(self) -> asyncio.Future[bool] | None:
         """Nothing is here any more; announces nothing. The answer is that of ``Disk.clear``."""

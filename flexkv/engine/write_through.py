@@ -56,7 +56,7 @@ class WriteThrough:
         self._max_nbytes = max(max_nbytes, block_nbytes)
         self._num_batch_blocks = max(1, _BATCH_NBYTES // block_nbytes)
         self._second_sight = second_sight
-        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
+        self._seen: OrderedDict[BlockKey, bool] = OrderedDict()  # whether more than once
         self._queue: deque[_Waiting] = deque()
         self.nbytes = 0  # that wait
         self._idle = asyncio.Event()
@@ -64,8 +64,11 @@ class WriteThrough:
         self._closing = False
         self.num_dropped = 0
 
-    def offer(self, blocks: Blocks) -> None:
-        """What the host tier holds of ``blocks`` may go to the disk; it counts as used there."""
+    def offer(self, blocks: Blocks, num_again: int = 0) -> None:
+        """What the host tier holds of ``blocks`` may go to the disk; it counts as used there.
+
+        The first ``num_again`` were offered before by the same request: no second sight of them.
+        """
         disk = self._disk
         if not disk.is_on or self._closing:
             return
@@ -73,7 +76,7 @@ class WriteThrough:
         lease = self._host.lease(blocks)
         num_wanted = lease.num_blocks
         if self._second_sight:
-            num_wanted = min(num_wanted, self._num_seen(blocks))
+            num_wanted = min(num_wanted, self._num_seen(blocks, num_again))
         nbytes = (num_wanted - disk.index.num_present(blocks)) * self._block_nbytes
         if nbytes <= 0:
             self._host.release(lease)
@@ -176,7 +179,8 @@ class WriteThrough:
             at = 0
             for blocks, reservation, lease in batch:
                 num_new = len(reservation.slots)
-                index.commit(reservation, num_new if sums else 0)
+                # what was written to a disk that is lost meanwhile is lost as well
+                index.commit(reservation, num_new if sums and disk.is_on else 0)
                 if num_stored := reservation.num_stored:
                     parts = (reservation.slots[:num_stored], sums[at : at + num_stored])
                     disk.note_stored(blocks.part(0, num_stored), *parts)
@@ -187,16 +191,15 @@ class WriteThrough:
         self.nbytes -= waiting.nbytes
         self._host.release(waiting.lease)
 
-    def _num_seen(self, blocks: Blocks) -> int:
-        """How many of ``blocks`` were offered before; from now on, all were."""
+    def _num_seen(self, blocks: Blocks, num_again: int) -> int:
+        """How many of ``blocks`` more than one request has offered; this one has offered all."""
         seen = self._seen
         num_seen = 0
         for i, key in enumerate(blocks):
-            if key in seen:
-                seen.move_to_end(key)
+            seen[key] = seen.get(key, False) if i < num_again else key in seen
+            seen.move_to_end(key)
+            if seen[key]:
                 num_seen = i + 1
-            else:
-                seen[key] = None
         while len(seen) > _SIGHTS_PER_SLOT * self._disk.index.num_slots:
             seen.popitem(last=False)
         return num_seen

@@ -70,7 +70,6 @@ class SsdStore:
         self._journal: Journal
         self._mover: Mover
         self._num_jobs = (0, 0)  # of one call to read or write
-        self._num_reading = 0
         self._is_closed = False
         self.num_lost = 0
         self.way = "closed"
@@ -82,6 +81,11 @@ class SsdStore:
     def journal_nbytes(self) -> int:
         """The size of the journal now."""
         return self._journal.nbytes
+
+    @property
+    def devices(self) -> dict[Path, int]:
+        """Which file system each folder is on."""
+        return self._files.devices()
 
     async def open(self) -> list[Kept]:
         """Lock the folders, make the files, read the journal: what is there already.
@@ -105,12 +109,13 @@ class SsdStore:
         What is lost was short or does not have ``sums[i]``; the bytes in its host slot are
         undefined.
         """
-        self._num_reading += 1
+        mover = self._mover
+        moves = self._moves(slots, host_slots, sums, self._num_jobs[0])
+        mover.num_reading += len(moves)
         try:
-            moves = self._moves(slots, host_slots, sums, self._num_jobs[0])
-            lost = await _in_threads(self._readers, [partial(self._mover.read, m) for m in moves])
+            lost = await _in_threads(self._readers, [partial(mover.read, m) for m in moves])
         finally:
-            self._num_reading -= 1
+            mover.num_reading -= len(moves)
         found = sorted(i for part in lost for i in part)
         self.num_lost += len(found)
         return found
@@ -120,11 +125,15 @@ class SsdStore:
 
         Readable on return; durable after the next ``record`` that tells of it.
         """
-        num_jobs = self._num_jobs[1]
-        if self._num_reading:  # readers keep their bandwidth
+        mover, num_jobs = self._mover, self._num_jobs[1]
+        if mover.num_reading:  # readers keep their bandwidth
             num_jobs = min(num_jobs, _NUM_WRITERS_BESIDE_READS)
         moves = self._moves(slots, host_slots, (), num_jobs)
-        written = await _in_threads(self._writers, [partial(self._mover.write, m) for m in moves])
+        mover.num_writing += len(moves)
+        try:
+            written = await _in_threads(self._writers, [partial(mover.write, m) for m in moves])
+        finally:
+            mover.num_writing -= len(moves)
         sums = [0] * len(slots)
         for move, part in zip(moves, written, strict=True):
             for i, checksum in zip(move.order, part, strict=True):
@@ -185,7 +194,12 @@ class SsdStore:
             depth = max(1, min(RING_DEPTH, settings.uring_entries // (2 * _NUM_RINGS)))
             try:
                 mover = UringMover(
-                    files, self._pool, self._calls, has_sums=settings.has_sums, depth=depth
+                    files,
+                    self._pool,
+                    self._calls,
+                    has_sums=settings.has_sums,
+                    num_rings=2 * _NUM_RINGS,
+                    depth=depth,
                 )
             except ImportError:
                 self.way += ", because the extra flexkv[uring] is not installed"

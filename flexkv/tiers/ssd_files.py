@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flexkv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flexkv.tiers.ssd_journal import DiskCalls
 
@@ -74,7 +74,7 @@ class SlotFiles:
         self.slot_nbytes = slot_nbytes
         self.fds: list[int] = []
         self.had_all = True
-        self._inodes: list[tuple[Path, int]] = []
+        self._inodes: list[tuple[Path, tuple[int, int]]] = []
         self._calls = calls
         self.is_direct = all(list(map(_takes_direct_io, folders)))  # each is asked, and warned of
         try:
@@ -97,6 +97,10 @@ class SlotFiles:
         """``error`` with the name of the file that it came from."""
         return OSError(error.errno, error.strerror, str(self._inodes[which][0]))
 
+    def devices(self) -> dict[Path, int]:
+        """Which file system each folder is on."""
+        return {path.parent: device for path, (device, _) in self._inodes}
+
     def sync(self) -> None:
         """What was written is durable."""
         for which, fd in enumerate(self.fds):
@@ -112,7 +116,8 @@ class SlotFiles:
             OSError: one is not.
         """
         for path, inode in self._inodes:
-            if path.stat().st_ino != inode:
+            found = path.stat()
+            if (found.st_dev, found.st_ino) != inode:
                 raise FileNotFoundError(errno.ENOENT, "replaced by another file", str(path))
 
     def close(self) -> None:
@@ -138,19 +143,25 @@ class SlotFiles:
             raise
         self.had_all &= not is_new
         self.fds.append(fd)
-        self._inodes.append((path, os.fstat(fd).st_ino))
+        made = os.fstat(fd)
+        self._inodes.append((path, (made.st_dev, made.st_ino)))
 
 
-def erase(folders: Sequence[Path]) -> None:
+def erase(folders: Sequence[Path], devices: Mapping[Path, int]) -> None:
     """Without the slot files a later start finds nothing in ``folders``, which nobody may use now.
 
+    ``devices``: the file systems that they were on, as far as that is known.
+
     Raises:
-        OSError: one of them can't be changed, or is not there.
+        OSError: one of them can't be changed, is not there, or is not mounted any more.
         ConfigError: another process uses one.
     """
     for folder in folders:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
+            device = os.fstat(fd).st_dev
+            if devices.get(folder, device) != device:
+                raise OSError(errno.ENODEV, "another file system is mounted there", str(folder))
             lock = FolderLock(folder)
             try:
                 for path in folder.glob("slots-*"):

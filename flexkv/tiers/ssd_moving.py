@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
+import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,9 @@ _MAX_CALL_NBYTES = 2 << 20  # of neighbours in one call; more would only delay t
 _MAX_BUFFERS = 1024  # Linux's IOV_MAX
 RING_DEPTH = 32  # more in flight stalls whoever submits, and gains nothing
 _MAX_RING_NBYTES = 32 << 20
+_REST = 1.5  # beside reads a write is followed by a pause so many times as long, for each writer
+_RING_SHARE = 10  # beside reads a ring of writes has one in so many of its requests in flight
+_MAX_REST_S = 0.1
 
 
 class Move(NamedTuple):
@@ -37,12 +40,15 @@ class Mover:
     """``preadv`` and ``pwritev``, neighbours on the disk in one call.
 
     ``has_sums`` False: nothing is summed up and nothing is verified, which only a benchmark wants.
+    ``num_reading`` and ``num_writing`` are for the owner to set: calls to ``read`` and ``write``
+    that run or wait for a thread. Writes make pauses while there are reads.
     """
 
     def __init__(
         self, files: SlotFiles, pool: HostPool, calls: DiskCalls, *, has_sums: bool = True
     ) -> None:
         self._files = files
+        self.num_reading = self.num_writing = 0
         self._calls = calls
         self._has_sums = has_sums
         self._memory: memoryview | None = pool.memory()
@@ -72,8 +78,10 @@ class Mover:
         """
         sums = self._sums(move)
         for group, which, offset in self._groups(move):
+            began_s = time.perf_counter()
             num_written = self._call(self._calls.pwritev, move, group, which, offset)
-            _require_whole(num_written, len(group) * self._files.slot_nbytes)
+            self._require_whole(num_written, len(group) * self._files.slot_nbytes, which)
+            self._rest(time.perf_counter() - began_s)
         return sums
 
     def close(self) -> None:
@@ -93,6 +101,16 @@ class Mover:
             return call(self._files.fds[which], buffers, offset)
         except OSError as error:
             raise self._files.named(error, which) from error
+
+    def _require_whole(self, num_moved: int, num_wanted: int, which: int) -> None:
+        if num_moved != num_wanted:
+            error = OSError(errno.EIO, f"a write ended after {num_moved} of {num_wanted} bytes")
+            raise self._files.named(error, which)
+
+    def _rest(self, seconds: float) -> None:
+        """A write took so long: leave the disk to reads, if there are any."""
+        if self.num_reading:
+            time.sleep(min(_REST * self.num_writing * seconds, _MAX_REST_S))
 
     def _sums(self, move: Move) -> list[int]:
         if not self._has_sums:
@@ -137,7 +155,7 @@ class Mover:
 
 
 class UringMover(Mover):
-    """The same through io_uring, with a ring for each thread that asks.
+    """The same through ``num_rings`` io_urings: for at most so many threads at a time.
 
     Raises:
         ImportError: the extra ``uring`` is not installed.
@@ -151,23 +169,28 @@ class UringMover(Mover):
         calls: DiskCalls,
         *,
         has_sums: bool = True,
+        num_rings: int,
         depth: int = RING_DEPTH,
     ) -> None:
         super().__init__(files, pool, calls, has_sums=has_sums)
         import uring_api  # noqa: PLC0415  # an extra
 
-        self._make_ring: Any = uring_api.Ring
         most = max(2, _MAX_RING_NBYTES // self._stride)
         self._depth = max(1, min(depth, RING_DEPTH, most))
-        self._own = threading.local()
         self._rings: list[Any] = []
-        self._make_ring(1).close()
+        try:
+            while len(self._rings) < num_rings:  # now, so that a refusal leaves the threads
+                self._rings.append(uring_api.Ring(RING_DEPTH))
+        except OSError:
+            self.close()
+            raise
+        self._idle = self._rings[:]
 
     def read(self, move: Move) -> list[int]:
         """As ``Mover.read``."""
         lost: set[int] = set()
         num_missing = dict.fromkeys(move.order, len(self._bases))
-        for i, num_moved in self._run(move, is_write=False):
+        for i, _, num_moved in self._run(move, is_write=False):
             num_missing[i] -= 1
             if num_moved != self._stride or (
                 not num_missing[i] and i not in lost and not self._is_right(move, i)
@@ -178,8 +201,8 @@ class UringMover(Mover):
     def write(self, move: Move) -> list[int]:
         """As ``Mover.write``."""
         sums = self._sums(move)
-        for _, num_moved in self._run(move, is_write=True):
-            _require_whole(num_moved, self._stride)
+        for _, which, num_moved in self._run(move, is_write=True):
+            self._require_whole(num_moved, self._stride, which)
         return sums
 
     def close(self) -> None:
@@ -189,36 +212,37 @@ class UringMover(Mover):
         self._rings.clear()
         super().close()
 
-    def _run(self, move: Move, *, is_write: bool) -> Iterator[tuple[int, int]]:
-        """Yields (block, bytes moved) of each part that ends; all have ended when it returns."""
-        ring = getattr(self._own, "ring", None)
-        if ring is None:
-            ring = self._own.ring = self._make_ring(RING_DEPTH)
-            self._rings.append(ring)
+    def _run(self, move: Move, *, is_write: bool) -> Iterator[tuple[int, int, int]]:
+        """Yields (block, file, bytes moved) of each part that ends; at the end all have ended."""
+        ring = self._idle.pop()
         prepare = ring.prepare_write if is_write else ring.prepare_read
         todo = self._transfers(move)
         num_running = 0
-        failure: OSError | None = None
+        number, failed = 0, 0
         try:
             while True:
-                room = 0 if failure else self._depth - num_running
+                depth = self._depth
+                if is_write and self.num_reading:
+                    depth = max(1, depth // _RING_SHARE)
+                room = 0 if number else max(0, depth - num_running)
                 for i, which, part, offset in islice(todo, room):
                     prepare(self._files.fds[which], part, offset, user_data=(i, which))
                     num_running += 1
                 if not num_running:
                     break
-                for completion in ring.wait():
-                    num_running -= 1
-                    (i, which), res = completion.user_data, completion.res
+                ended = _ended(ring)
+                num_running -= len(ended)  # all, for whoever asked may stop in the middle
+                for i, which, res in ended:
                     if res < 0:
-                        failure = self._files.named(OSError(-res, os.strerror(-res)), which)
-                    elif not failure:
-                        yield i, res
+                        number, failed = -res, which
+                    elif not number:
+                        yield i, which, res
         finally:  # the buffers are in use until the last has ended, whatever happened
             while num_running:
-                num_running -= len(ring.wait())
-        if failure:
-            raise failure
+                num_running -= len(_ended(ring))
+            self._idle.append(ring)
+        if number:
+            raise self._files.named(OSError(number, os.strerror(number)), failed)
 
     def _transfers(self, move: Move) -> Iterator[tuple[int, int, memoryview, int]]:
         files = self._files
@@ -229,6 +253,10 @@ class UringMover(Mover):
                 offset += self._stride
 
 
-def _require_whole(num_moved: int, num_wanted: int) -> None:
-    if num_moved != num_wanted:
-        raise OSError(errno.EIO, f"a write ended after {num_moved} of {num_wanted} bytes")
+def _ended(ring: Any) -> list[tuple[int, int, int]]:
+    """Wait until some requests have ended: block, file, and bytes moved or the error's number.
+
+    No completion leaves this call. An error's traceback would keep one alive, and the garbage
+    collector, which frees the cycle that this makes, crashes on it (uring-api 0.1).
+    """
+    return [(*completion.user_data, completion.res) for completion in ring.wait()]

@@ -54,7 +54,7 @@ class NotingService:
         self.loads.append((name, step, ids, first))
         return len(self.loads)
 
-    def store(self, name: str, blocks: Blocks, ids: Sequence[int]) -> bool:
+    def store(self, name: str, blocks: Blocks, ids: Sequence[int], _: int = 0) -> bool:
         assert len(blocks) == len(ids)
         self.stores.append((name, len(blocks), list(ids)))
         return True

@@ -415,6 +415,18 @@ async def test_only_what_is_seen_twice_is_written(tmp_path: Path) -> None:
         assert b.held(Tier.SSD) == set(A[:2])
 
 
+async def test_a_request_that_grows_is_not_a_second_sight_of_itself(tmp_path: Path) -> None:
+    async with bench(tmp_path / "ssd", ssd_admission="second_sight") as b:
+        for num_again, num_blocks in ((0, 2), (2, 3), (3, 4)):
+            ids = list(range(num_blocks))
+            b.copier.compute(A[:num_blocks], ids)
+            await b.engine.store(A[:num_blocks], ids, num_again=num_again)
+            await b.engine.flush()
+        assert b.held(Tier.SSD) == set()
+        await b.store(A[:3])  # another request
+        assert b.held(Tier.SSD) == set(A[:3])
+
+
 async def test_what_is_faster_to_compute_is_not_read(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd", recompute_tokens_per_s=1e9) as b:
         await b.store(A)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import tempfile
@@ -45,6 +46,9 @@ def faulty_calls(chance: random.Random) -> tuple[DiskCalls, FaultyDisk]:
         short_read=chance.choice([0, 0.2]),
         read_error=chance.choice([0, 0, 0.02]),
         write_error=chance.choice([0, 0, 0.02]),
+        short_write=chance.choice([0, 0, 0, 0.02]),
+        sync_error=chance.choice([0, 0, 0, 0.02]),
+        number=chance.choice([errno.EIO, errno.ENOSPC, errno.EROFS]),
     )
     calls = disk.calls()
     return replace(calls, preadv=slow(calls.preadv, chance)), disk

@@ -86,6 +86,8 @@ class FaultyDisk:
         *,
         read_error: float = 0,
         short_read: float = 0,
+        short_write: float = 0,
+        sync_error: float = 0,
         rot: float = 0,
         write_error: float = 0,
         number: int = errno.EIO,
@@ -94,6 +96,8 @@ class FaultyDisk:
         self._chances = {
             "read_error": read_error,
             "short_read": short_read,
+            "short_write": short_write,
+            "sync_error": sync_error,
             "rot": rot,
             "write_error": write_error,
         }
@@ -101,7 +105,13 @@ class FaultyDisk:
         self.num_faults = 0
 
     def calls(self) -> DiskCalls:
-        return replace(DiskCalls(), preadv=self._preadv, pwritev=self._pwritev, write=self._write)
+        return replace(
+            DiskCalls(),
+            preadv=self._preadv,
+            pwritev=self._pwritev,
+            write=self._write,
+            fdatasync=self._fdatasync,
+        )
 
     def _throw(self, what: str) -> bool:
         hit = self._random.random() < self._chances[what]
@@ -125,7 +135,14 @@ class FaultyDisk:
     def _pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         if self._throw("write_error"):
             raise self._error()
+        if self._throw("short_write"):
+            return os.pwritev(fd, buffers, offset) - 512
         return os.pwritev(fd, buffers, offset)
+
+    def _fdatasync(self, fd: int) -> None:
+        if self._throw("sync_error"):
+            raise self._error()
+        os.fdatasync(fd)
 
     def _write(self, fd: int, data: memoryview) -> int:
         if self._throw("write_error"):

@@ -165,5 +165,5 @@ class SchedulerRole:
         if _NULL_BLOCK in block_ids:
             block_ids = block_ids[: block_ids.index(_NULL_BLOCK)]
         chain = state.chain(len(block_ids))
-        if self._service.store(state.request.request_id, chain, block_ids):
+        if self._service.store(state.request.request_id, chain, block_ids, state.num_handed):
             state.num_handed = num_blocks

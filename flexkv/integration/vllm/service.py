@@ -132,8 +132,13 @@ class EngineService:
         self._start(self._load(job_id, request_id, blocks, block_ids, first, step, pin))
         return job_id
 
-    def store(self, request_id: str, blocks: Blocks, block_ids: Sequence[int]) -> bool:
-        """Begin to store ``blocks``; False if that is not possible now."""
+    def store(
+        self, request_id: str, blocks: Blocks, block_ids: Sequence[int], num_again: int = 0
+    ) -> bool:
+        """Begin to store ``blocks``, the first ``num_again`` not for the first time.
+
+        False if that is not possible now.
+        """
         if not self.usable:
             return False
         with self._lock:
@@ -142,7 +147,7 @@ class EngineService:
             self._num_stores += 1
             store = _Store(request_id)
             self._stores.setdefault(request_id, set()).add(store)
-        self._start(self._store(store, blocks, block_ids))
+        self._start(self._store(store, blocks, block_ids, num_again))
         return True
 
     def discard(self, request_id: str) -> None:
@@ -238,10 +243,14 @@ class EngineService:
             if self._server is not None:
                 self._server.tell(LoadDone(job_id, request_id, pack_ids(missing)))
 
-    async def _store(self, store: _Store, blocks: Blocks, block_ids: Sequence[int]) -> None:
+    async def _store(
+        self, store: _Store, blocks: Blocks, block_ids: Sequence[int], num_again: int
+    ) -> None:
         try:
             if self._engine is not None:
-                await self._engine.store(blocks, block_ids, keep=lambda: store.keep)
+                await self._engine.store(
+                    blocks, block_ids, keep=lambda: store.keep, num_again=num_again
+                )
         except FlexKVError as error:
             _log.warning("a store failed, its blocks are dropped: %s", error)
         finally:
