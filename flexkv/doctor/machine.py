@@ -40,7 +40,7 @@ def check_settings(facts: Facts) -> Iterator[Finding]:
     """The settings that doctor itself was given."""
     if facts.config_error:
         yield problem("settings", facts.config_error, "correct them")
-    elif facts.config is not None:
+    elif facts.config is not None and not facts.workers:  # else theirs count, not doctor's
         for note in facts.config.notes:
             yield warning("settings", note, "leave it out, or do what it says")
     for name in facts.unfinished:

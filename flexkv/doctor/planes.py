@@ -93,7 +93,8 @@ def _backend(parties: Sequence[Process]) -> Iterator[Finding]:
         yield problem(
             "discovery",
             f"the processes look for each other in different places ({named})",
-            "set one DYN_DISCOVERY_BACKEND, and one DYN_FILE_KV or ETCD_ENDPOINTS, for all",
+            "set one DYN_DISCOVERY_BACKEND, and one DYN_FILE_KV or ETCD_ENDPOINTS, for all; where "
+            "they are several deployments, name the folder of one with --folder",
         )
 
 

@@ -144,7 +144,7 @@ def machine(**changed: Any) -> Machine:
         "shmem_enabled": "always within_size [advise] never",
         "memlock": None,
         "available": {"MemAvailable": 2**34},
-        "card_folder": "/home/me/.cache/dynamo/mdc",
+        "card_folder": "/var/me/.cache/dynamo/mdc",
     }
     return Machine(**(whole | changed))
 

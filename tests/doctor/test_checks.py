@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 
+from flexkv.config import Config
 from flexkv.doctor.examine import judged
 from flexkv.doctor.facts import (
     Answer,
@@ -37,9 +37,6 @@ from tests.doctor.sound import (
     with_worker,
     without,
 )
-
-if TYPE_CHECKING:
-    from flexkv.config import Config
 
 
 def events(endpoint: str) -> str:
@@ -484,6 +481,13 @@ def test_a_live_only_deployment_is_warned_of_once_for_all() -> None:
     processes = [replace(one, env=env) for one in facts.processes]
     found = wrong(replace(facts, processes=processes))
     assert [(one.level, one.check) for one in found] == [("warning", "request plane")]
+
+
+def test_what_the_settings_say_of_themselves_counts_where_no_worker_runs() -> None:
+    env = {"FLEXKV_CPU_CASH_GB": "1"}
+    facts = Facts(installations=[installation()], machine=machine(), config=Config.load(env=env))
+    assert {one.check for one in wrong(facts)} == {"processes", "settings"}
+    assert wrong(sound(config=facts.config)) == []
 
 
 def test_without_any_process_only_the_start_is_proposed() -> None:
