@@ -23,12 +23,12 @@ from flexkv.doctor.gather.deployment import read_deployment, worker_of
 from flexkv.doctor.gather.processes import output_of, processes, role_of
 from flexkv.doctor.registry import card_key, card_of, recovery_address, sources
 from flexkv.errors import ConfigError, FeedError
+from flexkv.events.callbacks import CallbackPolicy
 from flexkv.events.discovery import FileRecord
 from flexkv.events.dynamo import WorkerRank
 from flexkv.events.etcd import Etcd, EtcdRecord
-from flexkv.events.recovery import RecoveryServer
-from flexkv.replay.deployment import NatsServer
-from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
+from flexkv.replay.deployment import NatsServer, Router
+from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -390,10 +390,23 @@ async def test_records_in_etcd_are_read(tmp_path: Path) -> None:
         await process.wait()
 
 
-async def test_a_router_is_compared_with_the_engine_and_the_refused_are_named(
+async def test_a_router_that_was_refused_is_named_by_the_engine(
     nats_server: NatsServer, worker: FakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RecoveryServer, "refused_hosts", ["10.1.2.3"])
+    monkeypatch.setattr(CallbackPolicy, "allows", lambda *_: False)
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    router = Router(nats_server.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK)
+    async with feeding(Shelf(), config) as sink, router:
+        await until(lambda: sink.stats().counts.get("refused"))
+        found = sources(records.discovery(config))
+        (answer,) = (await engines.asked(config, found, None)).answers
+    assert answer.refused == ["127.0.0.1"]
+    assert answer.agrees is None
+
+
+async def test_a_router_is_compared_with_the_engine(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
     shelf = Shelf()
     shelf.store(chain(5))
     config = settings(nats_server.url, tmp_path, worker.worker_id)
@@ -404,7 +417,7 @@ async def test_a_router_is_compared_with_the_engine_and_the_refused_are_named(
         (answer,) = (await engines.asked(elsewhere, found, TOKENS_PER_BLOCK)).answers
     assert answer.agrees
     assert answer.num_held == {"host_pinned": 5}
-    assert answer.refused == ["10.1.2.3"]
+    assert answer.refused == []
     (answer,) = (await engines.asked(config, found, TOKENS_PER_BLOCK)).answers
     assert "does not answer" in answer.error
 
