@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = Path("flexkv-deployment")
 _LOOK_S = 5.0
-_ASK_S = 14.0  # of the engines and a router, all together
+_ALL_S = 18.0  # with what engines and a router answer, which comes last
 
 _T = TypeVar("_T")
 
@@ -149,6 +149,7 @@ async def gathered(scene: _Scene) -> Facts:
 
 async def _remote(scene: _Scene, look: _Looking) -> Facts:
     """NATS, discovery and the engines, as far as the settings say where they are."""
+    deadline_s = asyncio.get_running_loop().time() + _ALL_S
     feed = _feed(scene)
     if scene.config is None:
         return Facts(feed=feed)
@@ -164,10 +165,12 @@ async def _remote(scene: _Scene, look: _Looking) -> Facts:
         facts = replace(facts, recovery=await _unreachable(discovery))
     if greeted is None or greeted.greeting is None or discovery is None:
         return facts
-    return await _engines(facts, discovery, events)
+    return await _engines(facts, discovery, events, deadline_s)
 
 
-async def _engines(facts: Facts, discovery: Discovery, events: EventsConfig) -> Facts:
+async def _engines(
+    facts: Facts, discovery: Discovery, events: EventsConfig, deadline_s: float
+) -> Facts:
     assert facts.nats is not None
     ours = [
         source
@@ -180,7 +183,7 @@ async def _engines(facts: Facts, discovery: Discovery, events: EventsConfig) -> 
     size = next(iter(sizes)) if len(sizes) == 1 else None
     settings = events.model_copy(update={"connect_timeout_s": min(_LOOK_S, 3.0)})
     try:
-        async with asyncio.timeout(_ASK_S):
+        async with asyncio.timeout_at(deadline_s):
             asked = await engines.asked(settings, ours, size)
     except TimeoutError:
         return replace(facts, unfinished=("engines",))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-_READY_S = 20.0
+_READY_S = 60.0
 
 
 class Spawn(Protocol):

@@ -68,11 +68,11 @@ async def deployment(
     own = {
         "FLEXKV_CONFIG_PATH": str(config),
         "DYN_FPM_WORKER_ID": str(worker.worker_id),
-        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
     locking = (
-        "from flexkv.link.endpoint import EndpointLock\n"
-        f"lock = EndpointLock({endpoint!r}); lock.take()"
+        "import fcntl, os\n"
+        f"lock = open({str(tmp_path / 'engine.lock')!r}, 'w'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print(os.getpid(), 'here', file=lock, flush=True)"
     )
     frontend = spawn(*_FRONTEND, env=env)
     planted = spawn(*_WORKER, CONNECTOR, env=env | own, program=locking)
