@@ -157,6 +157,26 @@ def verify(
     raise typer.Exit(0 if all(comparison.agrees for comparison in comparisons) else 1)
 
 
+@app.command()
+def doctor(
+    *,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Of flexkv launch. [default: ./flexkv-deployment, else all that runs]"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings. [default: as the engine finds them]")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Check an installation and a running deployment; say what to do about each finding."""
+    from flexkv.doctor import examine, findings  # noqa: PLC0415  # for this command alone
+
+    found = asyncio.run(examine.examine(folder, config))
+    print(findings.printed(found, as_json=as_json))
+    raise typer.Exit(0 if findings.holds(found) else 1)
+
+
 def _run(workload: Workload, settings: Settings, *, as_json: bool) -> Report:
     from rich.console import Console  # noqa: PLC0415  # as above
 

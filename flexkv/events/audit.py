@@ -10,7 +10,7 @@ import numpy as np
 from flexkv.events.dynamo import TIERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from flexkv.blocks import Tier
     from flexkv.events.digest import TierDigest
@@ -29,7 +29,10 @@ def audit_subject(namespace: str, worker_id: int, dp_rank: int) -> str:
 
 
 class Chunk(msgspec.Struct):
-    """``hashes`` are resident in ``tier``; ``number`` counts from 0, the ``last`` has none."""
+    """``hashes`` are resident in ``tier``; ``number`` counts from 0, the ``last`` has none.
+
+    ``refused``, in the last: addresses of routers that got no answer.
+    """
 
     number: int
     last: bool
@@ -37,21 +40,28 @@ class Chunk(msgspec.Struct):
     digests: dict[str, str]
     tier: str = ""
     hashes: bytes = b""
+    refused: list[str] = []
 
 
 class Audit(NamedTuple):
-    """A whole answer: what was resident while it was made, and the digests at its end."""
+    """A whole answer: what was resident while it was made, and the digests at its end.
+
+    ``refused``: addresses at which routers wanted recovery answers, and got none.
+    """
 
     last_event_id: int
     digests: Mapping[str, str]
     held: Held
+    refused: Sequence[str] = ()
 
 
 class AuditError(ValueError):
     """A chunk that no engine sends, or one that is missing."""
 
 
-def chunks(source: EventSource, digests: Mapping[Tier, TierDigest]) -> Iterator[bytes]:
+def chunks(
+    source: EventSource, digests: Mapping[Tier, TierDigest], refused: Sequence[str] = ()
+) -> Iterator[bytes]:
     """The messages of one answer, a run at a time: b"" means that there is more to do."""
     last_id, resident = source.dump()
     named = {TIERS[tier]: str(digest) for tier, digest in digests.items()}
@@ -66,7 +76,7 @@ def chunks(source: EventSource, digests: Mapping[Tier, TierDigest]) -> Iterator[
     if hashes:
         yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
         number += 1
-    yield _encode(Chunk(number, True, last_id, named))  # noqa: FBT003
+    yield _encode(Chunk(number, True, last_id, named, refused=list(refused)))  # noqa: FBT003
 
 
 class Collector:
@@ -92,7 +102,9 @@ class Collector:
         self._number += 1
         if hashes:
             self._held[chunk.tier].update(hashes)
-        return Audit(chunk.last_event_id, chunk.digests, self._held) if chunk.last else None
+        if not chunk.last:
+            return None
+        return Audit(chunk.last_event_id, chunk.digests, self._held, chunk.refused)
 
 
 _encode = msgspec.msgpack.Encoder().encode

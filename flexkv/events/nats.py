@@ -162,7 +162,7 @@ class NatsSink:
     async def _audit(self, source: EventSource, reply: str) -> None:
         """Answer who compares routers with us."""
         assert self._link is not None
-        for message in chunks(source, source.digests()):
+        for message in chunks(source, source.digests(), self._recovery.refused_hosts):
             if message and not await self._link.publish(reply, message):
                 return
             await asyncio.sleep(0)

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-import nats
 import nats.errors
+from nats.aio.client import Client
 
 from flexkv.errors import FeedError
 from flexkv.events.audit import AuditError, Collector, audit_subject
@@ -16,11 +16,10 @@ from flexkv.events.nats_link import connect_options
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from nats.aio.client import Client
-
     from flexkv.config import EventsConfig
     from flexkv.events.audit import Audit
 
+_CLOSE_S = 2.0
 _ERRORS = (OSError, EOFError, nats.errors.Error, AuditError)
 
 
@@ -66,12 +65,20 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
     Raises:
         FeedError: none answers.
     """
+    client = Client()
     try:
         async with asyncio.timeout(settings.connect_timeout_s):
-            client = await nats.connect(**connect_options(settings), allow_reconnect=False)
+            await client.connect(**connect_options(settings), allow_reconnect=False)
     except (TimeoutError, *_ERRORS) as error:
+        await _closed(client)  # nats-py leaves the socket of a server that turned it away
         raise FeedError(f"no NATS server answers at {settings.nats_servers} ({error!r})") from error
     try:
         yield Auditor(client, settings.namespace, deadline_s)
     finally:
-        await client.close()
+        await _closed(client)
+
+
+async def _closed(client: Client) -> None:
+    with contextlib.suppress(TimeoutError, *_ERRORS):
+        async with asyncio.timeout(_CLOSE_S):
+            await client.close()

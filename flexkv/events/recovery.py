@@ -68,6 +68,11 @@ class RecoveryServer:
         """What has happened since the start."""
         return dict(self._counts)
 
+    @property
+    def refused_hosts(self) -> list[str]:
+        """Where routers wanted their answers, and got none."""
+        return sorted(self._refused)
+
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Listen; ``tasks`` owns the connections.
 

@@ -92,6 +92,17 @@ def socket_path(endpoint: str) -> Path | None:
     return None if path == endpoint or path.startswith("@") else Path(path)
 
 
+def lock_path(endpoint: str) -> Path:
+    """The file that whoever listens at ``endpoint`` holds locked, and names itself in.
+
+    Raises:
+        LinkError: there is no private folder for it.
+    """
+    if path := socket_path(endpoint):
+        return path.with_name(path.name + ".lock")
+    return private_folder() / f"{_digest(endpoint)}.lock"
+
+
 class EndpointLock:
     """Held by the one engine that listens at ``endpoint``.
 
@@ -111,7 +122,7 @@ class EndpointLock:
             LinkError: the lock file can't be made.
         """
         try:
-            self._path = self._lock_path()
+            self._path = lock_path(self._endpoint)
             if self._path.parent == private_folder():
                 _sweep(self._path.parent)
             self._fd = self._locked()
@@ -161,11 +172,6 @@ class EndpointLock:
                 raise
             os.close(fd)  # its owner removed it between our two steps
         raise EndpointTakenError(self._endpoint, None)
-
-    def _lock_path(self) -> Path:
-        if path := socket_path(self._endpoint):
-            return path.with_name(path.name + ".lock")
-        return private_folder() / f"{_digest(self._endpoint)}.lock"
 
 
 _held: weakref.WeakSet[EndpointLock] = weakref.WeakSet()

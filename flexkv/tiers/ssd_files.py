@@ -195,7 +195,22 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _takes_direct_io(folder: Path) -> bool:
-    """Try it: what a file system says about O_DIRECT is not what it does."""
+    reason = direct_io_refusal(folder)
+    if reason is not None:
+        _log.warning(
+            "ssd: %s does not take direct I/O (%s): falling back to buffered I/O, which costs 5 "
+            "times the CPU and takes page cache",
+            folder,
+            reason,
+        )
+    return reason is None
+
+
+def direct_io_refusal(folder: Path) -> str | None:
+    """Why ``folder`` does not take direct I/O; None if it does.
+
+    Tried: what a file system says about O_DIRECT is not what it does.
+    """
     path = folder / "probe"
     expected = os.urandom(_PROBE_NBYTES)
     buffer = mmap.mmap(-1, 2 * _PROBE_NBYTES)
@@ -209,19 +224,13 @@ def _takes_direct_io(folder: Path) -> bool:
             os.preadv(fd, [view[_PROBE_NBYTES:]], 0)
         finally:
             os.close(fd)
-        if bytes(view[_PROBE_NBYTES:]) == expected:
-            return True
-        reason = "it reads back other bytes"
+        reason = None
+        if bytes(view[_PROBE_NBYTES:]) != expected:
+            reason = "it reads back other bytes"
     except OSError as error:
         reason = str(error.strerror)
     finally:
         path.unlink(missing_ok=True)
         view.release()
         buffer.close()
-    _log.warning(
-        "ssd: %s does not take direct I/O (%s): falling back to buffered I/O, which costs 5 times "
-        "the CPU and takes page cache",
-        folder,
-        reason,
-    )
-    return False
+    return reason

@@ -1,0 +1,1 @@
+"""Checks an installation and a running deployment, and says what to do about each finding."""
