@@ -1,0 +1,244 @@
+"""A whole deployment of real processes: NATS, Dynamo's frontend, workers with flexkv."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from flexkv.replay.deployment import dynamo_variables
+from tests.deployment.asking import Answer, ask
+from tests.e2e.cases import CONNECTORS
+from tests.e2e.driving import ROOT, environment, free_port, http
+from tests.e2e.models import make_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+UP_S = 150.0
+BLOCK_SIZE = 32  # vLLM's attention for CPUs takes multiples of 32
+_PLANES = ["--discovery-backend", "file", "--event-plane", "nats", "--request-plane", "tcp"]
+_TAIL = 5000  # characters of a log in a failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stack is started with. ``cache``: flexkv's cache_config, but for the SSD folder."""
+
+    num_workers: int = 2
+    gpu_blocks: int = 64
+    max_num_seqs: int = 8
+    cache: dict[str, Any] = field(default_factory=lambda: {"num_cpu_blocks": 256})
+    config: dict[str, Any] = field(default_factory=dict)  # flexkv's other settings
+    gpu_events: bool = False
+    connector: str = "stock"
+    frontend_options: Sequence[str] = ("--router-host-cache-hit-weight=1.0", "--migration-limit=3")
+    worker_options: Sequence[str] = ()
+
+
+@dataclass
+class Child:
+    """A process group of the stack."""
+
+    popen: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+
+class Stack:
+    """Everything on 127.0.0.1, free ports, one folder; all of it ends with the ``with`` block.
+
+    ``children``: nats, frontend, worker0, worker1 and so on.
+    """
+
+    def __init__(self, folder: Path, plan: Plan | None = None) -> None:
+        self.folder = folder
+        self.plan = plan or Plan()
+        self.model = make_model(folder / "models", "llama")
+        self.discovery = folder / "discovery"
+        self.discovery.mkdir(parents=True)
+        self.http_port, self.nats_port = free_port(), free_port()
+        self.nats_url = f"nats://127.0.0.1:{self.nats_port}"
+        self.children: dict[str, Child] = {}
+        self._env = environment(
+            dynamo_variables(self.nats_url, self.discovery)
+            | {
+                "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
+                "DYN_LOG": "info",
+                "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
+                "HOME": str(folder),  # the frontend keeps model cards below it
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": str(ROOT),
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+            }
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_nats()
+            self.start_frontend()
+            for index in range(self.plan.num_workers):
+                self.start_worker(index)
+            self.wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        for child in self.children.values():
+            if child.popen.poll() is None:
+                child.popen.terminate()
+        until_s = time.monotonic() + 10
+        for child in self.children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.popen.wait(max(0.1, until_s - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # a worker has children
+            child.popen.wait(10)
+
+    # Processes.
+
+    def start_nats(self) -> None:
+        program = Path(sys.executable).with_name("nats-server")
+        self._spawn("nats", program, "-a", "127.0.0.1", "-p", self.nats_port)
+
+    def start_frontend(self) -> None:
+        address = ["--http-host=127.0.0.1", f"--http-port={self.http_port}"]
+        options = ["--router-mode=kv", *address, *_PLANES, *self.plan.frontend_options]
+        self._spawn("frontend", sys.executable, "-m", "dynamo.frontend", *options)
+
+    def start_worker(self, index: int) -> None:
+        path = self.folder / f"worker{index}.json"
+        path.write_text(json.dumps(self.config_of(index)))
+        command = [sys.executable, "-m", "dynamo.vllm", *self._worker_options(index)]
+        self._spawn(f"worker{index}", *command, FLEXKV_CONFIG_PATH=str(path))
+
+    def config_of(self, index: int) -> dict[str, Any]:
+        cache = dict(self.plan.cache)
+        if cache.get("enable_ssd"):
+            cache["ssd_cache_dir"] = str(self.folder / f"ssd{index}")
+        sink = {"sink": "vllm" if self.plan.gpu_events else "nats"}
+        config = {"server_recv_port": self.endpoint(index), "cache_config": cache}
+        return config | self.plan.config | {"events": self.plan.config.get("events", {}) | sink}
+
+    def endpoint(self, index: int) -> str:
+        """Where worker ``index``'s engine is asked what it holds."""
+        return f"ipc://{self.folder}/link{index}"
+
+    def kill(self, name: str, *, group: bool = True) -> None:
+        """kill -9, of the whole process group or of its main process alone."""
+        child = self.children[name]
+        os.killpg(child.pid, signal.SIGKILL) if group else os.kill(child.pid, signal.SIGKILL)
+        child.popen.wait(10)
+
+    def _worker_options(self, index: int) -> list[str]:
+        events: dict[str, object] = {"enable_kv_cache_events": self.plan.gpu_events}
+        if self.plan.gpu_events:
+            events |= {"publisher": "zmq", "endpoint": f"ipc://{self.folder}/kv{index}"}
+        options = [
+            *_PLANES,
+            f"--model={self.model}",
+            "--served-model-name=tiny",
+            "--dtype=float32",
+            f"--block-size={BLOCK_SIZE}",
+            "--enforce-eager",
+            "--enable-prefix-caching",
+            "--max-model-len=1024",
+            f"--max-num-seqs={self.plan.max_num_seqs}",
+            f"--num-gpu-blocks-override={self.plan.gpu_blocks}",
+            f"--kv-events-config={json.dumps(events)}",
+        ]
+        if connector := CONNECTORS[self.plan.connector]:
+            options.append(f"--kv-transfer-config={json.dumps(connector)}")
+        return [*options, *self.plan.worker_options]
+
+    def _spawn(self, name: str, *command: object, **variables: str) -> None:
+        log_path = self.folder / f"{name}.log"
+        with log_path.open("ab") as log:
+            popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env | variables,
+                cwd=self.folder,
+                start_new_session=True,  # the group ends as one
+            )
+        self.children[name] = Child(popen, log_path)
+
+    # Waiting and asking.
+
+    def wait_until_ready(self, deadline_s: float = UP_S) -> None:
+        """The frontend lists the model and every worker."""
+        self.until(lambda: len(self.instances()) >= self.plan.num_workers, deadline_s, "workers")
+        self.until(self._lists_the_model, deadline_s, "the model")
+
+    def until(self, condition: Callable[[], object], deadline_s: float, what: str) -> float:
+        """Seconds that it took; no process may end meanwhile."""
+        since_s = time.monotonic()
+        alive = {name for name, child in self.children.items() if child.popen.poll() is None}
+        while not condition():
+            for name in alive:
+                if self.children[name].popen.poll() is not None:
+                    raise self.failure(f"{name} ended before {what}", name)
+            if time.monotonic() > since_s + deadline_s:
+                raise self.failure(f"not within {deadline_s} s: {what}", *self.children)
+            time.sleep(0.1)
+        return time.monotonic() - since_s
+
+    def failure(self, what: str, *names: str) -> AssertionError:
+        ends = [f"the end of {n}.log:\n{self.children[n].log()[-_TAIL:]}" for n in names]
+        return AssertionError("\n".join([what, *ends]))
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.http_port}{path}"
+
+    def instances(self) -> set[int]:
+        """The worker ids that the frontend lists; a killed one's for 10 s more."""
+        status, text = http(self.url("/health"), deadline_s=5)
+        instances = json.loads(text).get("instances", []) if status == 200 else []
+        return {one["instance_id"] for one in instances if one.get("endpoint") == "generate"}
+
+    def worker_id(self, index: int) -> int:
+        """As the worker's own processes know it; a restarted one has a new one."""
+        group = self.children[f"worker{index}"].pid
+        for process in Path("/proc").iterdir():
+            with contextlib.suppress(ValueError, OSError):
+                if os.getpgid(int(process.name)) == group:
+                    environ = (process / "environ").read_text(errors="replace")
+                    if found := re.search(r"\bDYN_FPM_WORKER_ID=(\d+)", environ):
+                        return int(found[1])
+        raise self.failure(f"no process of worker {index} knows its id", f"worker{index}")
+
+    def worker_ids(self) -> list[int]:
+        return [self.worker_id(index) for index in range(self.plan.num_workers)]
+
+    def chat(self, text: str, **options: Any) -> Answer:
+        """Ask through the frontend; see ``asking.ask``."""
+        return ask(self.url("/v1/chat/completions"), text, **options)
+
+    def remove_folder(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _lists_the_model(self) -> bool:
+        status, text = http(self.url("/v1/models"), deadline_s=5)
+        return status == 200 and bool(json.loads(text)["data"])
