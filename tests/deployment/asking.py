@@ -51,11 +51,16 @@ class Answer:
 
 
 def ask(
-    url: str, text: str, *, max_tokens: int = 8, deadline_s: float = ANSWERED_S, **fields: Any
+    url: str,
+    text: str,
+    *,
+    model: str = "tiny",
+    max_tokens: int = 8,
+    deadline_s: float = ANSWERED_S,
 ) -> Answer:
     """Greedy, and exactly ``max_tokens`` long."""
     request = {
-        "model": "tiny",
+        "model": model,
         "messages": [{"role": "user", "content": text}],
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -63,7 +68,7 @@ def ask(
         "nvext": {"extra_fields": ["worker_id", "timing"]},
     }
     since_s = time.monotonic()
-    status, reply = http(url, request | fields, deadline_s=deadline_s)
+    status, reply = http(url, request, deadline_s=deadline_s)
     seconds = time.monotonic() - since_s
     if status != 200:
         return Answer(status=status, seconds=seconds, raw=reply)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from flexkv.blocks import Tier
 from flexkv.link.residency import residency
-from flexkv.replay.deployment import Router
 from flexkv.replay.verify import beliefs
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
     from flexkv.link.residency import Residency
-    from flexkv.replay.deployment import Overlap
+    from flexkv.replay.deployment import Overlap, Router
 
 _Answer = TypeVar("_Answer")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,16 +20,16 @@ from typing import TYPE_CHECKING, Any, Self
 from flexkv.replay.deployment import dynamo_variables
 from tests.deployment.asking import Answer, ask
 from tests.e2e.cases import CONNECTORS
-from tests.e2e.driving import ROOT, environment, free_port, http
+from tests.e2e.driving import ROOT, environment, http
 from tests.e2e.models import make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-UP_S = 150.0
+UP_S = 300.0  # a busy machine imports vLLM for minutes
 BLOCK_SIZE = 32  # vLLM's attention for CPUs takes multiples of 32
 _PLANES = ["--discovery-backend", "file", "--event-plane", "nats", "--request-plane", "tcp"]
-_TAIL = 5000  # characters of a log in a failure
+_TAIL = 1500  # characters of a log in a failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Plan:
     """What a stack is started with. ``cache``: flexkv's cache_config, but for the SSD folder."""
 
     num_workers: int = 2
-    gpu_blocks: int = 64
+    gpu_blocks: int = 64  # of the GPU's cache, which is host memory here
     max_num_seqs: int = 8
     cache: dict[str, Any] = field(default_factory=lambda: {"num_cpu_blocks": 256})
     config: dict[str, Any] = field(default_factory=dict)  # flexkv's other settings
@@ -66,18 +68,21 @@ class Stack:
     ``children``: nats, frontend, worker0, worker1 and so on.
     """
 
-    def __init__(self, folder: Path, plan: Plan | None = None) -> None:
+    def __init__(self, folder: Path, plan: Plan | None = None, *, reference: bool = False) -> None:
         self.folder = folder
+        self._has_reference = reference
         self.plan = plan or Plan()
         self.model = make_model(folder / "models", "llama")
         self.discovery = folder / "discovery"
         self.discovery.mkdir(parents=True)
-        self.http_port, self.nats_port = free_port(), free_port()
+        self.http_port, self.nats_port = low_port(), low_port()
+        self.system_ports = [low_port() for _ in range(self.plan.num_workers)]
         self.nats_url = f"nats://127.0.0.1:{self.nats_port}"
         self.children: dict[str, Child] = {}
         self._env = environment(
             dynamo_variables(self.nats_url, self.discovery)
             | {
+                "DYN_SYSTEM_HOST": "127.0.0.1",
                 "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
                 "DYN_LOG": "info",
                 "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
@@ -94,6 +99,8 @@ class Stack:
             self.start_frontend()
             for index in range(self.plan.num_workers):
                 self.start_worker(index)
+            if self._has_reference:
+                self.start_reference()
             self.wait_until_ready()
         except BaseException:
             self.end()
@@ -129,8 +136,21 @@ class Stack:
     def start_worker(self, index: int) -> None:
         path = self.folder / f"worker{index}.json"
         path.write_text(json.dumps(self.config_of(index)))
-        command = [sys.executable, "-m", "dynamo.vllm", *self._worker_options(index)]
-        self._spawn(f"worker{index}", *command, FLEXKV_CONFIG_PATH=str(path))
+        variables = {
+            "DYN_SYSTEM_PORT": str(self.system_ports[index]),
+            "FLEXKV_CONFIG_PATH": str(path),
+        }
+        self._spawn_worker(f"worker{index}", self._worker_options(index), variables)
+
+    def start_reference(self) -> None:
+        """A plain vLLM, without flexkv and prefix cache: the model ``plain`` of the frontend."""
+        options = [*self._vllm_options(), "--served-model-name=plain", "--no-enable-prefix-caching"]
+        self._spawn_worker("plain", [*options, "--endpoint=dyn://dynamo.plain.generate"], {})
+
+    def start_by_hand(self, name: str, config_path: Path) -> None:
+        """One more worker, with flexkv's settings from ``config_path``."""
+        options = [*self._worker_options(0), "--endpoint=dyn://dynamo.byhand.generate"]
+        self._spawn_worker(name, options, {"FLEXKV_CONFIG_PATH": str(config_path)})
 
     def config_of(self, index: int) -> dict[str, Any]:
         cache = dict(self.plan.cache)
@@ -150,26 +170,45 @@ class Stack:
         os.killpg(child.pid, signal.SIGKILL) if group else os.kill(child.pid, signal.SIGKILL)
         child.popen.wait(10)
 
+    def revive(self, index: int, deadline_s: float = UP_S) -> tuple[int, float]:
+        """The new id of a worker whose main process was killed, and seconds until it is listed."""
+        name = f"worker{index}"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.children[name].pid, signal.SIGKILL)
+        listed = self.instances()
+        since_s = time.monotonic()
+        self.start_worker(index)
+        self.until(lambda: self.instances() - listed, deadline_s, f"{name} is back")
+        return self.worker_id(index), time.monotonic() - since_s
+
     def _worker_options(self, index: int) -> list[str]:
         events: dict[str, object] = {"enable_kv_cache_events": self.plan.gpu_events}
         if self.plan.gpu_events:
             events |= {"publisher": "zmq", "endpoint": f"ipc://{self.folder}/kv{index}"}
         options = [
-            *_PLANES,
-            f"--model={self.model}",
+            *self._vllm_options(),
             "--served-model-name=tiny",
-            "--dtype=float32",
-            f"--block-size={BLOCK_SIZE}",
-            "--enforce-eager",
             "--enable-prefix-caching",
-            "--max-model-len=1024",
-            f"--max-num-seqs={self.plan.max_num_seqs}",
             f"--num-gpu-blocks-override={self.plan.gpu_blocks}",
             f"--kv-events-config={json.dumps(events)}",
         ]
         if connector := CONNECTORS[self.plan.connector]:
             options.append(f"--kv-transfer-config={json.dumps(connector)}")
         return [*options, *self.plan.worker_options]
+
+    def _vllm_options(self) -> list[str]:
+        return [
+            *_PLANES,
+            f"--model={self.model}",
+            "--dtype=float32",
+            f"--block-size={BLOCK_SIZE}",
+            "--enforce-eager",
+            "--max-model-len=1024",
+            f"--max-num-seqs={self.plan.max_num_seqs}",
+        ]
+
+    def _spawn_worker(self, name: str, options: list[str], variables: dict[str, str]) -> None:
+        self._spawn(name, sys.executable, "-m", "dynamo.vllm", *options, **variables)
 
     def _spawn(self, name: str, *command: object, **variables: str) -> None:
         log_path = self.folder / f"{name}.log"
@@ -190,7 +229,9 @@ class Stack:
     def wait_until_ready(self, deadline_s: float = UP_S) -> None:
         """The frontend lists the model and every worker."""
         self.until(lambda: len(self.instances()) >= self.plan.num_workers, deadline_s, "workers")
-        self.until(self._lists_the_model, deadline_s, "the model")
+        self.until(lambda: self._lists("tiny"), deadline_s, "the model")
+        if self._has_reference:
+            self.until(lambda: self._lists("plain"), deadline_s, "the reference")
 
     def until(self, condition: Callable[[], object], deadline_s: float, what: str) -> float:
         """Seconds that it took; no process may end meanwhile."""
@@ -216,7 +257,8 @@ class Stack:
         """The worker ids that the frontend lists; a killed one's for 10 s more."""
         status, text = http(self.url("/health"), deadline_s=5)
         instances = json.loads(text).get("instances", []) if status == 200 else []
-        return {one["instance_id"] for one in instances if one.get("endpoint") == "generate"}
+        served = {"component": "backend", "endpoint": "generate"}
+        return {one["instance_id"] for one in instances if served.items() <= one.items()}
 
     def worker_id(self, index: int) -> int:
         """As the worker's own processes know it; a restarted one has a new one."""
@@ -232,6 +274,15 @@ class Stack:
     def worker_ids(self) -> list[int]:
         return [self.worker_id(index) for index in range(self.plan.num_workers)]
 
+    def metric(self, index: int, name: str, label: str = "") -> float:
+        """The sum over the worker's series whose line begins with ``name`` and has ``label``."""
+        port = self.system_ports[index]
+        status, text = http(f"http://127.0.0.1:{port}/metrics", deadline_s=5)
+        assert status == 200, text
+        named = [line for line in text.splitlines() if line.startswith(name)]
+        assert named, f"worker {index} has no metric {name}"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in named if label in line)
+
     def chat(self, text: str, **options: Any) -> Answer:
         """Ask through the frontend; see ``asking.ask``."""
         return ask(self.url("/v1/chat/completions"), text, **options)
@@ -239,6 +290,16 @@ class Stack:
     def remove_folder(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _lists_the_model(self) -> bool:
+    def _lists(self, model: str) -> bool:
         status, text = http(self.url("/v1/models"), deadline_s=5)
-        return status == 200 and bool(json.loads(text)["data"])
+        return status == 200 and f'"{model}"' in text
+
+
+def low_port() -> int:
+    """Free, and below 32768: Dynamo wants that, and the kernel gives none of them away."""
+    rng = random.SystemRandom()
+    while True:
+        port = rng.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
