@@ -39,6 +39,7 @@ class Deployment:
         self.rng = random.Random(seed)
         self.keys: dict[str, list[bytes]] = {}  # of the full blocks of every prompt asked
         self.ids: dict[str, list[int]] = {}
+        self.answered_by: dict[str, int] = {}  # the worker of the last answer
         self._expected = cache(self._ask_the_reference)
 
     def observer(self) -> Observer:
@@ -66,6 +67,7 @@ class Deployment:
         self.remember(text)
         answer = self.stack.chat(text, **options)
         assert answer.is_good, answer
+        self.answered_by[text] = answer.worker_id or 0
         return answer
 
     def ask_at_once(self, texts: Iterable[str], **options: Any) -> list[Answer]:
@@ -169,7 +171,7 @@ class Deployment:
             self.ask(text)
         total = 0
         for index in range(self.stack.plan.num_workers):
-            log = self.stack.children[f"worker{index}"].log()
+            log = self.stack.log(f"worker{index}")
             lines = [line for line in log.splitlines() if "requests, hit rate" in line]
             total += int(lines[-1].partition("loaded ")[2].partition(" ")[0]) if lines else 0
         return total
