@@ -25,8 +25,7 @@ class Talk:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._converse, args=(number,), daemon=True)
-            for number in range(num_conversations)
+            threading.Thread(target=self._converse, daemon=True) for _ in range(num_conversations)
         ]
         self.answers: list[Answer] = []
 
@@ -52,9 +51,8 @@ class Talk:
         wanted = len(self.answers) + more
         self._direct.stack.until(lambda: len(self.answers) >= wanted, _SEEN_S, "conversations")
 
-    def _converse(self, number: int) -> None:
-        with self._lock:
-            rng = self._direct.rng
+    def _converse(self) -> None:
+        rng = self._direct.rng
         text = ""
         while not self._stopping.wait(_PAUSE_S):
             with self._lock:

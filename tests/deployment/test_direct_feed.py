@@ -117,15 +117,14 @@ def holders(direct: Deployment, resident: Resident) -> dict[str, tuple[int, Held
 
 def ask_holders(direct: Deployment, held: dict[str, tuple[int, Held]], where: str) -> None:
     """Each goes to the one worker that has it, and its blocks come from there."""
-    before = direct.num_loaded([])
+    before = direct.num_loaded()
     asked: dict[str, Answer] = {}
-    for text in held:
+    for text, (worker_id, (host, ssd)) in held.items():
         if len(asked) == NUM_ROUTED:
             break
         now = direct.only_holder(text, direct.resident())
         if now != held[text]:  # an answer before this one had to make room
             continue
-        worker_id, (host, ssd) = held[text]
         asked[text] = answer = direct.ask(text)
         weighted = host + ssd * DISK_WEIGHT
         num_blocks = math.ceil(answer.num_prompt / BLOCK_SIZE)
@@ -134,8 +133,7 @@ def ask_holders(direct: Deployment, held: dict[str, tuple[int, Held]], where: st
         assert host + ssd - 1 <= answer.num_cached // BLOCK_SIZE <= host + ssd
         assert answer.text == direct.expected(text)
     assert len(asked) >= NUM_ROUTED // 2
-    last = {answer.worker_id: text for text, answer in asked.items()}
-    num_loaded = direct.num_loaded(last.values()) - before
+    num_loaded = direct.num_loaded() - before
     num_cached = sum(answer.num_cached for answer in asked.values()) // BLOCK_SIZE
     report(f"{where}: {len(asked)} prompts, {num_cached} blocks cached, {num_loaded} loaded")
     assert num_loaded == num_cached

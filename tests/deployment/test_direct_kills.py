@@ -143,7 +143,7 @@ def test_nats_may_be_away(direct: Deployment) -> None:
         assert direct.ask(text).worker_id == worker_id  # the frontend's index is true as well
 
 
-def test_an_endpoint_that_another_worker_has_is_refused(direct: Deployment, tmp_path: Path) -> None:
+def test_the_endpoint_of_another_worker_is_refused(direct: Deployment, tmp_path: Path) -> None:
     stack = direct.stack
     stack.wait_until_ready()
     entry = stack.entry("worker1")
@@ -156,7 +156,9 @@ def test_an_endpoint_that_another_worker_has_is_refused(direct: Deployment, tmp_
         stack.until(lambda: "FlexKVConnectorV1" in process.log(), 200, "the connector is made")
         begun_s = time.monotonic()
         endpoint = entry["server_recv_port"]
-        stack.until(lambda: f"{endpoint} is in use" in process.log(), 60, "it is refused")
+        stack.until(
+            lambda: f"{endpoint}: the endpoint is taken" in process.log(), 60, "it is refused"
+        )
         refused_s = time.monotonic() - begun_s
         process.popen.wait(60)
     report(f"a taken endpoint: refused within {refused_s:.1f} s")

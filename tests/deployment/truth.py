@@ -51,12 +51,12 @@ class Deployment:
     # Asking.
 
     def warm_up(self) -> None:
-        """Every worker has answered: its first answer may take ten seconds."""
+        """Every worker answers a fresh prompt: its first answer may take ten seconds."""
         missing = set(self.stack.worker_ids())
         for _ in range(40):
             if not missing:
                 return
-            missing.discard(self.ask(self.fresh()).worker_id or 0)
+            missing.discard(self.ask(self.fresh(num_words=8)).worker_id or 0)
         raise AssertionError(f"workers {missing} got none of 40 fresh prompts")
 
     def fresh(self, num_words: int = 80) -> str:
@@ -162,13 +162,12 @@ class Deployment:
 
     # The workers' own counts.
 
-    def num_loaded(self, still_on_gpu: Iterable[str]) -> int:
+    def num_loaded(self) -> int:
         """Blocks that the engines have loaded since they started, from their logs.
 
         An engine writes a line when a request comes, so each gets one that needs no load.
         """
-        for text in still_on_gpu:
-            self.ask(text)
+        self.warm_up()
         total = 0
         for index in range(self.stack.plan.num_workers):
             log = self.stack.log(f"worker{index}")
