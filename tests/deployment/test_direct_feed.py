@@ -129,7 +129,7 @@ def ask_holders(direct: Deployment, held: dict[str, tuple[int, Held]], where: st
         weighted = host + ssd * DISK_WEIGHT
         num_blocks = math.ceil(answer.num_prompt / BLOCK_SIZE)
         assert answer.worker_id == worker_id, (held[text], answer)
-        assert abs(answer.hit_rate * num_blocks - weighted) < 0.01
+        assert abs(answer.hit_rate * num_blocks - weighted) < 0.01, (held[text], answer)
         assert host + ssd - 1 <= answer.num_cached // BLOCK_SIZE <= host + ssd
         assert answer.text == direct.expected(text)
     assert len(asked) >= NUM_ROUTED // 2
