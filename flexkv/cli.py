@@ -13,7 +13,7 @@ import typer
 
 from flexkv._version import __version__
 from flexkv.errors import ConfigError, FlexKVError, InputError, LayoutError
-from flexkv.launch.command import launch
+from flexkv.launch import command as launching
 
 if TYPE_CHECKING:
     from flexkv.replay.report import Report
@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors as plain lines, whole in a log
 )
 
-app.command()(launch)
+app.command(help=launching.HELP)(launching.launch)
 
 _Workers = Annotated[int, typer.Option(min=1, max=64, help="Simulated workers.")]
 _Capacity = Annotated[

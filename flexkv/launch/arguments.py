@@ -47,7 +47,7 @@ class Argument(NamedTuple):
 def parsed(extra: tuple[str, ...]) -> list[Argument]:
     """The options of a command line of vLLM's, whose parser takes _ for - in names."""
     found = []
-    for word, following in zip(extra, (*extra[1:], ""), strict=True):
+    for word, following in zip(extra, (*extra, "")[1:], strict=True):
         if not word.startswith("-") or _is_number(word):
             continue
         name, equals, value = word.partition("=")

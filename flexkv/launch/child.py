@@ -69,8 +69,10 @@ class Child:
             loop.remove_reader(self._pidfd)
 
     def terminate(self) -> None:
-        """Ask all of the session to end."""
-        self._signal(signal.SIGTERM)
+        """Ask the process to end; it knows in which order its own children have to."""
+        if self._popen is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._popen.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End all of the session at once."""

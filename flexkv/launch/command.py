@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,139 +13,158 @@ if TYPE_CHECKING:
     from flexkv.launch.options import Options
     from flexkv.launch.plan import Plan
 
+HELP = """Start NATS, Dynamo's frontend and vLLM workers, each with flexkv; keep them running.
+
+A line "ready: URL" on standard output says that the frontend serves the model with all workers.
+Ctrl-C or SIGTERM ends everything that was started, and nothing else.
+"""
+
+_Extra = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- ARGUMENTS FOR vLLM]", help="Handed to every worker."),
+]
+_Model = Annotated[
+    str, typer.Option(metavar="PATH_OR_NAME", help="A folder, or a name on the model hub.")
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The model's name in requests. [default: --model]"),
+]
+_Workers = Annotated[int, typer.Option("--workers", min=1, max=64, help="vLLM workers.")]
+_Gpus = Annotated[
+    int, typer.Option(min=0, max=64, help="0: a CPU build of vLLM. More than 1: tensor parallel.")
+]
+_FirstGpu = Annotated[
+    int, typer.Option(min=0, help="The first worker's first GPU (of CUDA_VISIBLE_DEVICES, if set).")
+]
+_Folder = Annotated[
+    Path, typer.Option(help="Settings, logs, sockets, discovery; deployment.json says all.")
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TEMPLATE",
+        envvar="FLEXKV_CONFIG_PATH",
+        help="flexkv's settings (JSON, YAML) for every worker; {worker} stands for its number.",
+    ),
+]
+_Host = Annotated[str | None, typer.Option(help="Of the frontend. [default: 127.0.0.1]")]
+_HttpPort = Annotated[int, typer.Option(min=1, max=65535, help="Of the frontend.")]
+_SystemPort = Annotated[
+    int,
+    typer.Option(
+        metavar="BASE",
+        min=1,
+        max=65535,
+        help="Health and metrics: worker i has BASE + i, at most 32767.",
+    ),
+]
+_BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=65536,
+        help="Tokens of a block, for vLLM, flexkv and the router. [default: the template's "
+        "tokens_per_block, else 64]",
+    ),
+]
+_Python = Annotated[
+    str, typer.Option(metavar="INTERPRETER", help="Where Dynamo, vLLM and flexkv are.")
+]
+_Nats = Annotated[
+    str | None,
+    typer.Option("--nats", metavar="URL", help="Reuse this server. [default: an own one]"),
+]
+_Etcd = Annotated[
+    str | None,
+    typer.Option(
+        "--etcd", metavar="URL", help="Discovery in this etcd. [default: files below the folder]"
+    ),
+]
+_WithEtcd = Annotated[bool, typer.Option("--with-etcd", help="Discovery in an etcd of our own.")]
+_GpuEvents = Annotated[
+    bool,
+    typer.Option(
+        "--gpu-events",
+        help="vLLM's own KV events on, flexkv joins their stream: GPU, host and SSD in the "
+        "router's index. Without: flexkv is the source, for host and SSD.",
+    ),
+]
+_Own = Annotated[
+    bool, typer.Option("--own-connector", help="flexkv's connector class instead of vLLM's own.")
+]
+_Without = Annotated[
+    bool, typer.Option("--without-flexkv", help="The same without flexkv, to compare.")
+]
+_Mode = Annotated[
+    Literal["kv", "round-robin"], typer.Option(help="How the frontend chooses a worker.")
+]
+_Ranks = Annotated[int, typer.Option(min=1, max=64, help="Data-parallel ranks in each worker.")]
+_ListenAll = Annotated[
+    bool,
+    typer.Option("--listen-all", help="Every interface, for other machines. Nothing is protected!"),
+]
+_Migrations = Annotated[
+    int, typer.Option(min=0, help="How often a request may move on from a dead worker.")
+]
+_NoRestart = Annotated[
+    bool, typer.Option("--no-restart", help="What dies is reported, and not started again.")
+]
+_ReadyTimeout = Annotated[
+    float, typer.Option("--ready-timeout", min=1, metavar="S", help="Seconds until all is ready.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print every file and command, start nothing.")
+]
+
 
 def launch(
-    extra: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- ARGUMENTS FOR vLLM]", help="Handed to every worker."),
-    ] = None,
+    extra: _Extra = None,
     *,
-    model: Annotated[
-        str, typer.Option(metavar="PATH_OR_NAME", help="A folder, or a name on the model hub.")
-    ],
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The model's name in requests. [default: --model]"),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="vLLM workers.")] = 2,
-    gpus_per_worker: Annotated[
-        int, typer.Option(min=0, max=64, help="0: a CPU build of vLLM. More: tensor parallel.")
-    ] = 1,
-    first_gpu: Annotated[
-        int,
-        typer.Option(min=0, help="The first worker's first GPU (of CUDA_VISIBLE_DEVICES, if set)."),
-    ] = 0,
-    folder: Annotated[
-        Path, typer.Option(help="Settings, logs, sockets, discovery; deployment.json says all.")
-    ] = Path("flexkv-deployment"),
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TEMPLATE",
-            envvar="FLEXKV_CONFIG_PATH",
-            help="flexkv's settings (JSON, YAML) for every worker; {worker} stands for its number.",
-        ),
-    ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Where the frontend listens. [default: 127.0.0.1]")
-    ] = None,
-    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the frontend.")] = 8000,
-    system_port: Annotated[
-        int,
-        typer.Option(
-            metavar="BASE",
-            min=1,
-            max=65535,
-            help="Health and metrics: worker i has BASE + i, at most 32767.",
-        ),
-    ] = 8081,
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=65536,
-            help="Tokens of a block, for vLLM, flexkv and the router. [default: the template's "
-            "tokens_per_block, else 64]",
-        ),
-    ] = None,
-    python: Annotated[
-        str, typer.Option(metavar="INTERPRETER", help="Where Dynamo, vLLM and flexkv are.")
-    ] = sys.executable,
-    nats: Annotated[
-        str | None, typer.Option(metavar="URL", help="Reuse this server. [default: an own one]")
-    ] = None,
-    etcd: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Discovery in this etcd. [default: in files below the folder]"
-        ),
-    ] = None,
-    with_etcd: Annotated[
-        bool, typer.Option("--with-etcd", help="Discovery in an etcd that is started.")
-    ] = False,
-    gpu_events: Annotated[
-        bool,
-        typer.Option(
-            "--gpu-events",
-            help="vLLM's own KV events on, flexkv joins their stream: GPU, host and SSD in the "
-            "router's index. Without: flexkv is the source, for host and SSD.",
-        ),
-    ] = False,
-    own_connector: Annotated[
-        bool,
-        typer.Option("--own-connector", help="flexkv's connector class instead of vLLM's own."),
-    ] = False,
-    without_flexkv: Annotated[
-        bool, typer.Option("--without-flexkv", help="The same without flexkv, to compare.")
-    ] = False,
-    router_mode: Annotated[
-        Literal["kv", "round-robin"], typer.Option(help="How the frontend chooses a worker.")
-    ] = "kv",
-    data_parallel_size: Annotated[
-        int, typer.Option(min=1, max=64, help="Data-parallel ranks within each worker.")
-    ] = 1,
-    listen_all: Annotated[
-        bool,
-        typer.Option(
-            "--listen-all", help="Listen on every interface, for other machines. Unprotected!"
-        ),
-    ] = False,
-    migration_limit: Annotated[
-        int, typer.Option(min=0, help="How often a request may move on from a dead worker.")
-    ] = 3,
-    no_restart: Annotated[
-        bool, typer.Option("--no-restart", help="Do not start again what died.")
-    ] = False,
-    ready_timeout: Annotated[
-        float, typer.Option(min=1, metavar="S", help="Seconds until all must be ready.")
-    ] = 600.0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every file and command, start nothing.")
-    ] = False,
+    model: _Model,
+    served_model_name: _Name = None,
+    num_workers: _Workers = 2,
+    gpus_per_worker: _Gpus = 1,
+    first_gpu: _FirstGpu = 0,
+    folder: _Folder = Path("flexkv-deployment"),
+    config: _Config = None,
+    host: _Host = None,
+    http_port: _HttpPort = 8000,
+    system_port: _SystemPort = 8081,
+    block_size: _BlockSize = None,
+    python: _Python = sys.executable,
+    nats_url: _Nats = None,
+    etcd_url: _Etcd = None,
+    with_etcd: _WithEtcd = False,
+    gpu_events: _GpuEvents = False,
+    own_connector: _Own = False,
+    without_flexkv: _Without = False,
+    router_mode: _Mode = "kv",
+    data_parallel_size: _Ranks = 1,
+    listen_all: _ListenAll = False,
+    migration_limit: _Migrations = 3,
+    no_restart: _NoRestart = False,
+    ready_timeout_s: _ReadyTimeout = 600.0,
+    dry_run: _DryRun = False,
 ) -> None:
-    """Start NATS, Dynamo's frontend and vLLM workers, each with flexkv; keep them running.
-
-    A line "ready: URL" on standard output says that the frontend serves the model with all workers.
-    Ctrl-C or SIGTERM ends everything that was started, and nothing else.
-    """
-    from flexkv.config_sources import read_mapping  # noqa: PLC0415  # for this command alone
-    from flexkv.launch.options import Options  # noqa: PLC0415  # as above
+    """See ``HELP``."""
+    from flexkv.launch.options import Options  # noqa: PLC0415  # for this command alone
 
     options = Options(
         model=model,
         served_model_name=served_model_name,
-        num_workers=workers,
+        num_workers=num_workers,
         gpus_per_worker=gpus_per_worker,
         first_gpu=first_gpu,
         folder=folder.expanduser().absolute(),
-        template=dict(read_mapping(config)) if config is not None else {},
+        template=_template(config),
         host=host,
         http_port=http_port,
         system_port=system_port,
         block_size=block_size,
         python=python,
-        nats_url=nats,
-        etcd_url=etcd,
+        nats_url=nats_url,
+        etcd_url=etcd_url,
         with_etcd=with_etcd,
         gpu_events=gpu_events,
         own_connector=own_connector,
@@ -155,10 +174,16 @@ def launch(
         listen_all=listen_all,
         migration_limit=migration_limit,
         restarts=not no_restart,
-        ready_timeout_s=ready_timeout,
+        ready_timeout_s=ready_timeout_s,
         extra=tuple(extra or ()),
     )
     raise typer.Exit(_dry(options) if dry_run else _run(options))
+
+
+def _template(config: Path | None) -> dict[Any, object]:
+    from flexkv.config_sources import read_mapping  # noqa: PLC0415  # for this command alone
+
+    return dict(read_mapping(config)) if config is not None else {}
 
 
 def _run(options: Options) -> int:

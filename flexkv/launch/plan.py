@@ -104,6 +104,8 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     """
     if options.etcd_url and options.with_etcd:
         raise ConfigError("--etcd reuses an etcd and --with-etcd starts one: give one of them")
+    if too_long := endpoint_length_problem(options):  # what is made of it would be refused as well
+        raise ConfigError(too_long)
     servers, nats_url, etcd_url = _servers(options, machine)
     env = variables_of(options, machine.env, nats_url, etcd_url)
     children_env = inherited(machine.env) | env
@@ -118,7 +120,6 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     problems = [
         *argument_problems(options, machine.env, block_size),
         *_size_problems(options, machine),
-        *(endpoint_length_problem(options) if drafts or options.gpu_events else []),
         *shared_endpoints(configs, options.data_parallel_size),
     ]
     memory, notes = _memory(options, machine, configs)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from flexkv.launch.options import Machine, Options
 
-SHUTDOWN_TIMEOUT_S = 10
+SHUTDOWN_TIMEOUT_S = 20
 """How long vLLM lets its engine withdraw flexkv's record; without it, it is killed at once."""
 
 # How much of a block's worth the router sees in one that host memory or SSD holds. Where flexkv is
@@ -29,6 +29,7 @@ _LOOPBACK = (
     "DYN_SYSTEM_HOST",
     "VLLM_HOST_IP",
 )
+_GRACE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"  # served on after leaving discovery; Dynamo: 5
 _PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
 
 
@@ -42,6 +43,7 @@ def variables_of(
         "DYN_REQUEST_PLANE": "tcp",
         "DYN_LOG": env.get("DYN_LOG") or "info",
         "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
+        _GRACE: env.get(_GRACE) or "1",
     }
     if etcd_url:
         variables |= {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": etcd_url}

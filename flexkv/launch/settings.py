@@ -95,17 +95,17 @@ def shared_endpoints(configs: list[Config], num_ranks: int) -> list[str]:
     return []
 
 
-def endpoint_length_problem(options: Options) -> list[str]:
+def endpoint_length_problem(options: Options) -> str | None:
     """Sockets have short paths, and some of them are in the folder."""
     longest = len(_endpoint(options, options.num_workers - 1).encode()) - len("ipc://")
     if longest + _LONGEST_SUFFIX <= MAX_SOCKET_PATH:
-        return []
+        return None
     room = MAX_SOCKET_PATH - _LONGEST_SUFFIX - (longest - len(str(options.folder).encode()))
     length = len(str(options.folder).encode())
     text = (
         f"--folder {options.folder} has {length} bytes, and there is room for {room} in the path "
     )
-    return [f"{text}of a socket: give a shorter one"]
+    return f"{text}of a socket: give a shorter one"
 
 
 def _endpoint(options: Options, index: int) -> str:

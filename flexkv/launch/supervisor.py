@@ -34,7 +34,8 @@ class Timing:
 
     ready_s: float = 600.0
     server_s: float = 15.0  # until NATS or etcd answers
-    end_s: float = 20.0  # from SIGTERM to SIGKILL: longer than vLLM's own --shutdown-timeout
+    end_s: float = 30.0  # from SIGTERM to SIGKILL: longer than vLLM's own --shutdown-timeout
+    end_unready_s: float = 5.0  # the same for what has nothing to withdraw yet
     poll_s: float = 0.5
     logs_s: float = 0.2
     first_restart_s: float = 1.0
@@ -73,6 +74,10 @@ class Supervisor:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
         return self._status if self._is_ready or self._status else 1
+
+    def stop(self) -> None:
+        """Let ``run`` end everything."""
+        self._stopping.set()
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -183,12 +188,11 @@ class Supervisor:
             self._note(plan.frontend, "ready")
         if self._states["frontend"] != "ready":
             waiting.append("the frontend")
-        all_there = len(health.worker_ids) >= len(plan.workers)
         for worker in plan.workers:
             name = worker.program.name
             if self._states[name] == "starting":
                 worker_id = self._children[name].worker_id()
-                if worker_id in health.worker_ids or (worker_id is None and all_there):
+                if worker_id in health.worker_ids:
                     self._document(worker.program)["worker_id"] = worker_id
                     self._note(worker.program, "ready")
             if self._states[name] in {"starting", "dead"}:
@@ -276,7 +280,9 @@ class Supervisor:
                 child.terminate()
             async with asyncio.TaskGroup() as tasks:
                 for child in going:
-                    tasks.create_task(child.end(self._timing.end_s))
+                    is_ready = self._states[child.program.name] == "ready"
+                    timing = self._timing
+                    tasks.create_task(child.end(timing.end_s if is_ready else timing.end_unready_s))
         self._show_logs()
         self._record.document |= {"state": "ended", "started": {}}
         self._record.write()

@@ -27,7 +27,7 @@ class Terminal:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._lines: queue.Queue[str | None] = queue.Queue(max_waiting)
-        self._num_left_out = 0
+        self.num_left_out = 0
         self._progress = ""
         self._thread = threading.Thread(target=self._run, name="terminal", daemon=True)
 
@@ -51,7 +51,7 @@ class Terminal:
         try:
             self._lines.put_nowait(f"[{source}] {text}")
         except queue.Full:
-            self._num_left_out += 1
+            self.num_left_out += 1
 
     def progress(self, text: str) -> None:
         """What is waited for; replaces what was said before. Empty: nothing."""
@@ -69,7 +69,7 @@ class Terminal:
                     return
             except queue.Empty:
                 line = ""
-            left_out, self._num_left_out = self._num_left_out, 0
+            left_out, self.num_left_out = self.num_left_out, 0
             text = f"[launch] {left_out} lines left out here: see the logs\n" if left_out else ""
             text += f"{line}\n" if line else ""
             if self._is_terminal:
