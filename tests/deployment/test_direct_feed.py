@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.deployment.observing import Held
     from tests.deployment.truth import Deployment, Resident
 
-DISK_WEIGHT = 0.25  # the router's own; that of host memory is set to 1
+DISK_WEIGHT = 0.75  # as launch tells the router; that of host memory is 1
 NUM_ROUTED = 12
 SEEN_S = 15.0
 
