@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _PAUSE_S = 0.3
 _WORDS_MORE = 12
-_LONGEST = 2400  # characters: below the model's context
+_LONGEST = 800  # tokens; the model's context has 1024
 _SEEN_S = 60.0
 
 
@@ -53,14 +53,15 @@ class Talk:
 
     def _converse(self) -> None:
         rng = self._direct.rng
-        text = ""
+        text = asked = ""
         while not self._stopping.wait(_PAUSE_S):
             with self._lock:
-                if not text or len(text) > _LONGEST:
+                if not text or len(self._direct.ids[asked]) > _LONGEST:
                     text = fresh_text(rng, 40)
                 else:
                     text += " " + fresh_text(rng, _WORDS_MORE)
-                self._direct.remember(text)
-            answer = self._direct.stack.chat(text)
+                asked = text
+                self._direct.remember(asked)
+            answer = self._direct.stack.chat(asked)
             self.answers.append(answer)
             text += answer.text if answer.text.isascii() else ""

@@ -89,7 +89,7 @@ def test_a_killed_worker_costs_no_request_and_comes_back_with_its_ssd(
         f"worker: {len(talk.answers)} requests, {len(talk.failures)} failed, restarted after "
         f"{restarted_s:.1f} s, ready after {listed_s:.1f} s, slowest answer {talk.slowest_s:.1f} s"
     )
-    assert not talk.failures
+    assert not talk.failures, talk.failures[0]
     successor = stack.worker_id(0)
     assert successor != victim
     resident = direct.resident()
