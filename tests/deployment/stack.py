@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 UP_S = 300.0  # a busy machine imports vLLM for minutes
 BLOCK_SIZE = 32  # vLLM's attention for CPUs takes multiples of 32
-_PLANES = ["--discovery-backend", "file", "--event-plane", "nats", "--request-plane", "tcp"]
 _TAIL = 1500  # characters of a log in a failure
 
 
@@ -42,6 +41,8 @@ class Plan:
     cache: dict[str, Any] = field(default_factory=lambda: {"num_cpu_blocks": 256})
     config: dict[str, Any] = field(default_factory=dict)  # flexkv's other settings
     gpu_events: bool = False
+    data_parallel_size: int = 1
+    etcd_url: str = ""  # "": file discovery
     connector: str = "stock"
     frontend_options: Sequence[str] = ("--router-host-cache-hit-weight=1.0", "--migration-limit=3")
     worker_options: Sequence[str] = ()
@@ -73,9 +74,15 @@ class Stack:
         self._has_reference = reference
         self.plan = plan or Plan()
         self.model = make_model(folder / "models", "llama")
-        self.discovery = folder / "discovery"
-        self.discovery.mkdir(parents=True)
+        self.discovery: Path | str = self.plan.etcd_url or folder / "discovery"
+        if isinstance(self.discovery, Path):
+            self.discovery.mkdir(parents=True)
+        backend = "etcd" if self.plan.etcd_url else "file"
+        planes = {"discovery-backend": backend, "event-plane": "nats", "request-plane": "tcp"}
+        self._planes = [f"--{name}={value}" for name, value in planes.items()]
         self.http_port, self.nats_port = low_port(), low_port()
+        num_ranks = self.plan.data_parallel_size
+        self._events_ports = [low_port(num_ranks) for _ in range(self.plan.num_workers)]
         self.system_ports = [low_port() for _ in range(self.plan.num_workers)]
         self.nats_url = f"nats://127.0.0.1:{self.nats_port}"
         self.children: dict[str, Child] = {}
@@ -130,7 +137,7 @@ class Stack:
 
     def start_frontend(self) -> None:
         address = ["--http-host=127.0.0.1", f"--http-port={self.http_port}"]
-        options = ["--router-mode=kv", *address, *_PLANES, *self.plan.frontend_options]
+        options = ["--router-mode=kv", *address, *self._planes, *self.plan.frontend_options]
         self._spawn("frontend", sys.executable, "-m", "dynamo.frontend", *options)
 
     def start_worker(self, index: int) -> None:
@@ -164,6 +171,15 @@ class Stack:
         """Where worker ``index``'s engine is asked what it holds."""
         return f"ipc://{self.folder}/link{index}"
 
+    def events_endpoint(self, index: int) -> str:
+        """Where vLLM publishes its events; of rank r of many, at the port that is r above it.
+
+        There vLLM refuses ipc, and of loopback's addresses it binds those with "::" in them.
+        """
+        if self.plan.data_parallel_size == 1:
+            return f"ipc://{self.folder}/kv{index}"
+        return f"tcp://[::ffff:127.0.0.1]:{self._events_ports[index]}"
+
     def kill(self, name: str, *, group: bool = True) -> None:
         """kill -9, of the whole process group or of its main process alone."""
         child = self.children[name]
@@ -184,7 +200,7 @@ class Stack:
     def _worker_options(self, index: int) -> list[str]:
         events: dict[str, object] = {"enable_kv_cache_events": self.plan.gpu_events}
         if self.plan.gpu_events:
-            events |= {"publisher": "zmq", "endpoint": f"ipc://{self.folder}/kv{index}"}
+            events |= {"publisher": "zmq", "endpoint": self.events_endpoint(index)}
         options = [
             *self._vllm_options(),
             "--served-model-name=tiny",
@@ -194,11 +210,13 @@ class Stack:
         ]
         if connector := CONNECTORS[self.plan.connector]:
             options.append(f"--kv-transfer-config={json.dumps(connector)}")
+        if self.plan.data_parallel_size > 1:
+            options.append(f"--data-parallel-size={self.plan.data_parallel_size}")
         return [*options, *self.plan.worker_options]
 
     def _vllm_options(self) -> list[str]:
         return [
-            *_PLANES,
+            *self._planes,
             f"--model={self.model}",
             "--dtype=float32",
             f"--block-size={BLOCK_SIZE}",
@@ -231,7 +249,10 @@ class Stack:
         self.until(lambda: len(self.instances()) >= self.plan.num_workers, deadline_s, "workers")
         self.until(lambda: self._lists("tiny"), deadline_s, "the model")
         if self._has_reference:
-            self.until(lambda: self._lists("plain"), deadline_s, "the reference")
+            self.wait_for_reference(deadline_s)
+
+    def wait_for_reference(self, deadline_s: float = UP_S) -> None:
+        self.until(lambda: self._lists("plain"), deadline_s, "the reference")
 
     def until(self, condition: Callable[[], object], deadline_s: float, what: str) -> float:
         """Seconds that it took; no process may end meanwhile."""
@@ -295,11 +316,12 @@ class Stack:
         return status == 200 and f'"{model}"' in text
 
 
-def low_port() -> int:
-    """Free, and below 32768: Dynamo wants that, and the kernel gives none of them away."""
+def low_port(how_many: int = 1) -> int:
+    """The first of free ones below 32768: Dynamo wants that, and the kernel gives none away."""
     rng = random.SystemRandom()
     while True:
         port = rng.randrange(20000, 32000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for each in range(port, port + how_many):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", each))
             return port
