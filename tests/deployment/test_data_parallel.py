@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.deployment.all_tiers import HOST, SSD, AllTiers
+from tests.deployment.all_tiers import GPU, HOST, SSD, AllTiers
 from tests.deployment.stack import Plan, Stack
 from tests.deployment.truth import Deployment, report
 
@@ -21,7 +21,7 @@ CACHE = {"num_cpu_blocks": 96, "enable_ssd": True, "num_ssd_blocks": 128}
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("gpu_events", [False, True], ids=["direct", "GPU events"])
-def test_both_ranks_are_in_the_index(loop: Loop, tmp_path: Path, gpu_events: bool) -> None:
+def test_both_ranks_are_in_the_index(loop: Loop, tmp_path: Path, *, gpu_events: bool) -> None:
     plan = Plan(num_workers=1, data_parallel_size=2, gpu_events=gpu_events, cache=CACHE)
     with Stack(tmp_path, plan) as stack:
         deployment = Deployment(stack, loop)
@@ -32,9 +32,8 @@ def test_both_ranks_are_in_the_index(loop: Loop, tmp_path: Path, gpu_events: boo
             seconds = tiers.until_true(observer, SETTLES_S, tiers.step_all)
             for _, rank in tiers.wheres():
                 believed = observer.believed(stack.worker_id(0), rank)
-                report(
-                    f"rank {rank}, after {seconds:.2f} s: { {t: len(b) for t, b in believed.items()} }"
-                )
+                counts = {tier: len(blocks) for tier, blocks in believed.items()}
+                report(f"rank {rank}, after {seconds:.2f} s: {counts}")
                 assert believed[HOST]
                 assert believed[SSD] - believed[HOST]
-                assert bool(believed["device"]) == gpu_events
+                assert bool(believed[GPU]) == gpu_events

@@ -45,7 +45,7 @@ def etcd_url(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.nightly
 @pytest.mark.parametrize("gpu_events", [False, True], ids=["direct", "GPU events"])
 def test_the_index_is_true_with_etcd(
-    loop: Loop, tmp_path: Path, etcd_url: str, gpu_events: bool
+    loop: Loop, tmp_path: Path, etcd_url: str, *, gpu_events: bool
 ) -> None:
     plan = Plan(gpu_events=gpu_events, cache=CACHE, etcd_url=etcd_url)
     with contextlib.ExitStack() as exits:
@@ -61,6 +61,7 @@ def test_the_index_is_true_with_etcd(
         assert tiers.wrong_overlaps(observer, deployment.ids) == []
         for where in tiers.wheres():
             held = tiers.held(where)
-            report(f"{where}, after {seconds:.2f} s: { {t: len(h) for t, h in held.items()} }")
+            counts = {tier: len(blocks) for tier, blocks in held.items()}
+            report(f"{where}, after {seconds:.2f} s: {counts}")
             assert held[HOST]
             assert held[SSD] - held[HOST]

@@ -197,7 +197,7 @@ def overlaps_of(observer: Observer, tiers: AllTiers, text: str) -> list[Overlap]
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("watched", [True, False], ids=["with observer", "without"])
-def test_a_frontend_that_was_killed_is_warm_again(tiers: AllTiers, watched: bool) -> None:
+def test_a_frontend_that_was_killed_is_warm_again(tiers: AllTiers, *, watched: bool) -> None:
     stack = tiers.stack
     texts = [tiers.deployment.fresh() for _ in range(16)]
     for text in texts:
@@ -251,7 +251,7 @@ def test_answers_are_those_of_a_plain_vllm(tiers: AllTiers) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("group", [True, False], ids=["group", "main process"])
 def test_a_killed_worker_fails_no_request_and_has_its_ssd_again(
-    tiers: AllTiers, observer: Observer, group: bool
+    tiers: AllTiers, observer: Observer, *, group: bool
 ) -> None:
     stack = tiers.stack
     dead = stack.worker_id(0)
