@@ -29,7 +29,7 @@ _POLL_S = 0.05
 class Where(NamedTuple):
     """A worker, as the stack counts them, and one of its data-parallel ranks."""
 
-    index: int
+    worker: int
     rank: int = 0
 
 
@@ -60,7 +60,7 @@ class AllTiers:
     def wheres(self) -> list[Where]:
         plan = self.stack.plan
         ranks = range(plan.data_parallel_size)
-        return [Where(index, rank) for index in range(plan.num_workers) for rank in ranks]
+        return [Where(worker, rank) for worker in range(plan.num_workers) for rank in ranks]
 
     def replay(self, index: int) -> Replay:
         """All that worker ``index``'s stream has said."""
@@ -72,20 +72,20 @@ class AllTiers:
 
     def held(self, where: Where) -> dict[str, set[int]]:
         """Router hashes, by Dynamo's name of the tier."""
-        endpoint = self.stack.endpoint(where.index)
+        endpoint = self.stack.endpoint(where.worker)
         if self.stack.plan.data_parallel_size > 1:
             endpoint = with_dp_rank(endpoint, where.rank)
         keys = self.deployment.loop.residency(endpoint).keys
         held = {TIERS[tier]: _hashes(keys.get(tier, ())) for tier in (Tier.HOST, Tier.SSD)}
-        if where.index in self._streams:
-            held[GPU] = self.replay(where.index).media.get("GPU", set())
+        if where.worker in self._streams:
+            held[GPU] = self.replay(where.worker).media.get("GPU", set())
         return held
 
     def differences(self, observer: Observer) -> list[str]:
         """In words, for every rank and tier; none where the index is true."""
         found = []
         for where in self.wheres():
-            believed = observer.believed(self.stack.worker_id(where.index), where.rank)
+            believed = observer.believed(self.stack.worker_id(where.worker), where.rank)
             for tier, held in self.held(where).items():
                 has = believed.get(tier, set())
                 if has != held:

@@ -71,9 +71,9 @@ def test_the_index_is_true_after_evictions_from_every_tier(
         deployment.ask(deployment.fresh())
     agree(tiers, observer, "evictions")
     for where in tiers.wheres():
-        num_removed = tiers.replay(where.index).num_removed
+        num_removed = tiers.replay(where.worker).num_removed
         assert all(num_removed[medium] > 0 for medium in ("GPU", "CPU", "STORAGE")), num_removed
-        believed = observer.believed(tiers.stack.worker_id(where.index))
+        believed = observer.believed(tiers.stack.worker_id(where.worker))
         # an eviction from the GPU leaves the host's entry, one from host memory the SSD's
         assert len(believed[HOST] - believed[GPU]) > BLOCK_SIZE
         assert len(believed[SSD] - believed[HOST] - believed[GPU]) > BLOCK_SIZE
@@ -96,6 +96,7 @@ def test_a_cleared_gpu_leaves_what_the_other_tiers_hold(
 ) -> None:
     before = tiers.held(tiers.wheres()[0])
     clear_gpus(tiers.deployment)
+    tiers.step_all()  # with which vLLM tells it
     agree(tiers, observer, "clear_kv_blocks")
     after = tiers.held(tiers.wheres()[0])
     assert before[GPU]
