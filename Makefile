@@ -14,13 +14,13 @@ REPLAY_ARGS ?= --workers 2 --requests 2000 --json
 BENCHMARKS := $(filter-out benchmarks/gpu_% benchmarks/vllm_% benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # The nightly parts; each is a target of its own, nightly-<part>. The trace is not ours to ship.
-PARTS := index feed install ssd vllm trace
+PARTS := index feed install ssd vllm dynamo trace
 PART  ?= index feed install ssd$(if $(TRACE), trace)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint e2e e2e-envs bench bench-vllm nightly $(PARTS:%=nightly-%) clean
+.PHONY: help demo test lint e2e e2e-dynamo e2e-envs bench bench-vllm nightly $(PARTS:%=nightly-%) clean
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
@@ -40,6 +40,9 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import contracts
 
 e2e: e2e-envs ## Real vLLM 0.32 and 0.31, with flexkv and without (PYTEST_ARGS="-k tiny" for some)
 	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -n 2 --dist loadgroup -m "not nightly" tests/e2e $(PYTEST_ARGS)
+
+e2e-dynamo: $(E2E_031)/.made ## A whole Dynamo deployment by flexkv launch, its processes killed (PYTEST_ARGS="-k nats -s" for some)
+	$(E2E_031)/bin/python -m pytest -c tests/deployment/pytest.ini -m "not nightly" tests/deployment $(PYTEST_ARGS)
 
 e2e-envs: # side by side: most of it is waiting
 	@printf '%s\n' $(E2E)/.made $(E2E_031)/.made | xargs -P 2 -n 1 $(MAKE)
@@ -77,6 +80,11 @@ nightly-ssd: $(VENV)/.dev ## 200 times kill -9, 300 seeds of failing disks; hits
 nightly-vllm: $(E2E)/.made $(E2E_031)/.made ## vLLM's schedulers, 0.33's too, for long (0.5 GB to fetch)
 	tests/e2e/unpack_033.sh $(E2E) .venv-e2e-033
 	$(E2E)/bin/pytest -c tests/e2e/pytest.ini -m nightly tests/e2e $(PYTEST_ARGS)
+
+nightly-dynamo: $(E2E_031)/.made ## The deployment three times over, with what is too long for every change
+	for round in 1 2 3; do \
+		$(E2E_031)/bin/python -m pytest -c tests/deployment/pytest.ini -s tests/deployment $(PYTEST_ARGS) || exit 1; \
+	done
 
 nightly-trace: $(VENV)/.demo ## A trace in the Mooncake format, TRACE=file.jsonl, byte by byte
 	@test -n "$(TRACE)" || { echo "nightly-trace replays TRACE=file.jsonl: which one?" >&2; exit 2; }

@@ -1,6 +1,6 @@
 """End-to-end tests of a whole deployment: `make e2e-dynamo` makes the environment and runs them.
 
-Some of them: .venv-e2e-031/bin/python -m pytest -c tests/deployment/pytest.ini tests/deployment -k nats
+Some of them: make e2e-dynamo PYTEST_ARGS="-k nats -s"
 """
 
 from __future__ import annotations

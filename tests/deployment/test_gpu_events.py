@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.deployment.all_tiers import GPU, HOST, SSD, AllTiers, Trickle
-from tests.deployment.stack import BLOCK_SIZE, Plan, Stack
+from tests.deployment.stack import BLOCK_SIZE, UP_S, Plan, Stack
 from tests.deployment.test_direct_feed import clear_gpus, hang_up_on_an_answer
 from tests.deployment.truth import Deployment, report
 
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from tests.deployment.observing import Loop, Observer
 
 PLAN = Plan(
-    gpu_events=True,
-    cache={"num_cpu_blocks": 128, "enable_ssd": True, "num_ssd_blocks": 256},
-    frontend_options=("--migration-limit=3",),  # with Dynamo's own weights of the tiers
+    gpu_events=True, cache={"num_cpu_blocks": 128, "enable_ssd": True, "num_ssd_blocks": 256}
 )
-WEIGHTS = {GPU: 1.0, HOST: 0.75, SSD: 0.25}
+WEIGHTS = {GPU: 1.0, HOST: 0.75, SSD: 0.5}  # as launch sets them
 SETTLES_S = 15.0
 AWAY_S = 8.0
 HEALS_S = 6.0
@@ -122,7 +120,7 @@ def test_the_index_is_true_again_after_nats_was_away(tiers: AllTiers, observer: 
 
 
 def interrupt_nats(tiers: AllTiers) -> None:
-    tiers.stack.kill("nats")
+    tiers.stack.kill_nats()
     time.sleep(AWAY_S)
     tiers.stack.start_nats()
 
@@ -225,18 +223,19 @@ def test_a_frontend_that_was_killed_is_warm_again(tiers: AllTiers, *, watched: b
 
 def restart_frontend(stack: Stack) -> float:
     """When it was started; it has answered since."""
-    stack.kill("frontend")
-    since_s = time.monotonic()
-    stack.start_frontend()
+    pid = stack.kill("frontend")
+    since_s = stack.wait_for_successor("frontend", pid)
     stack.until(lambda: stack.chat("hi", deadline_s=15).is_good, ANSWERS_S, "an answer")
     return since_s
 
 
 @pytest.mark.nightly
-def test_answers_are_those_of_a_plain_vllm(tiers: AllTiers) -> None:
+def test_answers_are_those_of_a_plain_vllm(tiers: AllTiers, request: pytest.FixtureRequest) -> None:
     deployment = tiers.deployment
-    deployment.stack.start_reference()
-    deployment.stack.wait_for_reference()
+    stack = deployment.stack
+    reference = stack.start_reference()
+    request.addfinalizer(reference.end)
+    stack.until(lambda: stack._lists("plain"), UP_S, "the reference is listed")
     texts = [deployment.fresh() for _ in range(6)]
     for _ in range(2):
         assert [deployment.ask(text).text for text in texts] == [
@@ -246,7 +245,6 @@ def test_answers_are_those_of_a_plain_vllm(tiers: AllTiers) -> None:
     again = [deployment.ask(text) for text in texts]
     assert [answer.text for answer in again] == [deployment.expected(text) for text in texts]
     assert all(answer.num_cached >= 8 * BLOCK_SIZE for answer in again)
-    deployment.stack.kill("plain")
 
 
 @pytest.mark.nightly
@@ -259,9 +257,12 @@ def test_a_killed_worker_fails_no_request_and_has_its_ssd_again(
     ssd = tiers.held(tiers.wheres()[0])[SSD]
     with Trickle(tiers.deployment) as trickle:
         time.sleep(1)
-        stack.kill("worker0", group=group)
-        time.sleep(3)
-        worker_id, seconds = stack.revive(0)
+        pid = stack.kill("worker0", group=group)
+        since_s = time.monotonic()
+        stack.wait_for_successor("worker0", pid)
+        stack.wait_until_ready()
+        seconds = time.monotonic() - since_s
+        worker_id = stack.worker_id(0)
         time.sleep(1)
     report(f"worker listed after {seconds:.1f} s; {len(trickle.answers)} requests meanwhile")
     assert trickle.failed == []

@@ -39,6 +39,7 @@ class Deployment:
         self.rng = random.Random(seed)
         self.keys: dict[str, list[bytes]] = {}  # of the full blocks of every prompt asked
         self.ids: dict[str, list[int]] = {}
+        self.answered_by: dict[str, int] = {}  # the worker of the last answer
         self._expected = cache(self._ask_the_reference)
 
     def observer(self) -> Observer:
@@ -50,12 +51,12 @@ class Deployment:
     # Asking.
 
     def warm_up(self) -> None:
-        """Every worker has answered: its first answer may take ten seconds."""
+        """Every worker answers a fresh prompt: its first answer may take ten seconds."""
         missing = set(self.stack.worker_ids())
         for _ in range(40):
             if not missing:
                 return
-            missing.discard(self.ask(self.fresh()).worker_id or 0)
+            missing.discard(self.ask(self.fresh(num_words=8)).worker_id or 0)
         raise AssertionError(f"workers {missing} got none of 40 fresh prompts")
 
     def fresh(self, num_words: int = 80) -> str:
@@ -66,6 +67,7 @@ class Deployment:
         self.remember(text)
         answer = self.stack.chat(text, **options)
         assert answer.is_good, answer
+        self.answered_by[text] = answer.worker_id or 0
         return answer
 
     def ask_at_once(self, texts: Iterable[str], **options: Any) -> list[Answer]:
@@ -160,16 +162,15 @@ class Deployment:
 
     # The workers' own counts.
 
-    def num_loaded(self, still_on_gpu: Iterable[str]) -> int:
+    def num_loaded(self) -> int:
         """Blocks that the engines have loaded since they started, from their logs.
 
         An engine writes a line when a request comes, so each gets one that needs no load.
         """
-        for text in still_on_gpu:
-            self.ask(text)
+        self.warm_up()
         total = 0
         for index in range(self.stack.plan.num_workers):
-            log = self.stack.children[f"worker{index}"].log()
+            log = self.stack.log(f"worker{index}")
             lines = [line for line in log.splitlines() if "requests, hit rate" in line]
             total += int(lines[-1].partition("loaded ")[2].partition(" ")[0]) if lines else 0
         return total
