@@ -57,15 +57,17 @@ def ask(
     model: str = "tiny",
     max_tokens: int = 8,
     deadline_s: float = ANSWERED_S,
+    worker_id: int | None = None,
 ) -> Answer:
-    """Greedy, and exactly ``max_tokens`` long."""
+    """Greedy, and exactly ``max_tokens`` long. ``worker_id``: the one that has to answer."""
+    routing = {} if worker_id is None else {"backend_instance_id": worker_id}
     request = {
         "model": model,
         "messages": [{"role": "user", "content": text}],
         "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
-        "nvext": {"extra_fields": ["worker_id", "timing"]},
+        "nvext": {"extra_fields": ["worker_id", "timing"]} | routing,
     }
     since_s = time.monotonic()
     status, reply = http(url, request, deadline_s=deadline_s)

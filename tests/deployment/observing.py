@@ -107,10 +107,10 @@ class Observer:
 
         return self._loop.run(all_of_them())
 
-    def believed(self, worker_id: int) -> dict[str, set[int]]:
-        """Everything that the router has of the worker, by Dynamo's name of the tier."""
+    def believed(self, worker_id: int, rank: int = 0) -> dict[str, set[int]]:
+        """Everything that the router has of the worker's rank, by Dynamo's name of the tier."""
         events = self._loop.run(self._router.dump_events())
-        return dict(beliefs(events).get((worker_id, 0), {}))
+        return dict(beliefs(events).get((worker_id, rank), {}))
 
     def clear_kv_blocks(self, worker_id: int) -> Any:
         """Have the worker reset its prefix cache; what it answers."""

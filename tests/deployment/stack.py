@@ -37,7 +37,9 @@ class Plan:
     max_num_seqs: int = 8
     cache: dict[str, Any] = field(default_factory=lambda: {"num_cpu_blocks": 256})
     config: dict[str, Any] = field(default_factory=dict)  # flexkv's other settings
-    launch_options: Sequence[str] = ()  # --gpu-events, say
+    gpu_events: bool = False
+    data_parallel_size: int = 1
+    launch_options: Sequence[str] = ()
     vllm_options: Sequence[str] = ()
 
 
@@ -119,6 +121,8 @@ class Stack:
             f"--system-port={low_ports(plan.num_workers)}",
             f"--block-size={BLOCK_SIZE}",
             f"--nats={self.nats_url}",
+            f"--data-parallel-size={plan.data_parallel_size}",
+            *(["--gpu-events"] if plan.gpu_events else []),
             *plan.launch_options,
             *more,
         ]
@@ -186,8 +190,10 @@ class Stack:
         return document
 
     @property
-    def discovery(self) -> Path:
-        return Path(self.record["discovery"]["path"])
+    def discovery(self) -> Path | str:
+        """A folder, or the URL of an etcd."""
+        discovery = self.record["discovery"]
+        return Path(discovery["path"]) if "path" in discovery else str(discovery["endpoints"])
 
     def entry(self, name: str) -> dict[str, Any]:
         """Of ``frontend`` or a worker."""
@@ -212,6 +218,10 @@ class Stack:
         """Where worker ``index``'s engine is asked what it holds."""
         endpoint: str = self.entry(f"worker{index}")["server_recv_port"]
         return endpoint
+
+    def events_endpoint(self, index: int) -> str:
+        """Where vLLM publishes with --gpu-events, unless it has several ranks."""
+        return f"ipc://{self.folder}/deployment/kv{index}.ipc"
 
     def log(self, name: str) -> str:
         return Path(self.entry(name)["log"]).read_text(errors="replace")

@@ -51,11 +51,11 @@ class Batch(msgspec.Struct, array_like=True, omit_defaults=True):
 class Subscriber:
     """Collects batches from ``endpoint`` for as long as the ``with`` block lasts."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, topic: str = TOPIC) -> None:
         self.batches: list[Batch] = []
         self.sequence: list[int] = []
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(endpoint,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(endpoint, topic), daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -65,11 +65,11 @@ class Subscriber:
         self._stopping.set()
         self._thread.join(5)
 
-    def _run(self, endpoint: str) -> None:
+    def _run(self, endpoint: str, topic: str) -> None:
         decoder = msgspec.msgpack.Decoder(Batch)
         with zmq.Context() as context, context.socket(zmq.SUB) as socket:
             socket.linger = 0
-            socket.subscribe(TOPIC)
+            socket.subscribe(topic)
             socket.connect(endpoint)
             while not self._stopping.is_set():
                 if socket.poll(50):
