@@ -1,4 +1,4 @@
-"""The command line: replay a trace, or see the demo."""
+"""The command line: launch a deployment, verify it, replay a trace, or see the demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from flexkv._version import __version__
 from flexkv.errors import ConfigError, FlexKVError, InputError, LayoutError
+from flexkv.launch.command import launch
 
 if TYPE_CHECKING:
     from flexkv.replay.report import Report
@@ -29,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # errors as plain lines, whole in a log
 )
+
+app.command()(launch)
 
 _Workers = Annotated[int, typer.Option(min=1, max=64, help="Simulated workers.")]
 _Capacity = Annotated[

@@ -1,0 +1,1 @@
+"""A Dynamo deployment on one command: NATS, etcd, frontend and workers, each with flexkv."""
