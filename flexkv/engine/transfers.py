@@ -106,7 +106,6 @@ class Transfers:
         self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
         self._tasks = tasks
         self._running: set[asyncio.Task[bool]] = set()
-        self._num_alone = 0  # copies that run in their callers' tasks
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -166,7 +165,7 @@ class Transfers:
         self._loads.turn_away()
         self._stores.turn_away()
         await self._until_idle(timeout_s)
-        return len(self._running) + self._num_alone
+        return len(self._running)
 
     async def _until_idle(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -191,8 +190,6 @@ class Transfers:
                 size = min(self._num_chunk_blocks, num_blocks - i * self._num_chunk_blocks)
                 nbytes = size * self._block_nbytes  # of one rank: each has a link of its own
                 await lane.enter(nbytes)
-                if len(chunks) == len(copies) == 1:
-                    return num_blocks * await self._copy_alone(lane, nbytes, copies[0])
                 tasks.append(self._begin(lane, nbytes, copies))
         except TransferError as error:
             _log.warning("a copy did not begin, its blocks count as missing: %s", error)
@@ -207,17 +204,6 @@ class Transfers:
             if not all(task.result() for task in group):
                 return i * self._num_chunk_blocks
         return min(len(tasks) * self._num_chunk_blocks, num_blocks)
-
-    async def _copy_alone(
-        self, lane: Lane, nbytes: int, copy: Callable[[], Awaitable[None]]
-    ) -> bool:
-        """As a task would, but in the caller's own: a third of what a small load costs here."""
-        self._num_alone += 1
-        try:
-            return await _outcome(copy)
-        finally:
-            self._num_alone -= 1
-            lane.leave(nbytes)
 
     def _begin(
         self, lane: Lane, nbytes: int, copies: list[Callable[[], Awaitable[None]]]
