@@ -148,6 +148,9 @@ class Lane:
         except RuntimeError as error:
             self._on_loss(error)
             self._report([(copying, _failure(error))])
+        except BaseException:  # a bug: nobody may wait for this slice
+            self._report([(copying, None)])
+            raise
         else:
             self._running.put(_Running(submitted, copying))
 

@@ -37,7 +37,7 @@ class MadeUp:
         self.events: list[HeldEvent] = []
         self.parts: list[Any] = []
         self.error: RuntimeError | None = None  # not all of the next is submitted
-        self.loss: RuntimeError | None = None
+        self.loss: Exception | None = None
 
     def submit(self, part: Any, after: object) -> Submitted:
         if self.loss is not None:
@@ -131,6 +131,15 @@ async def test_a_cancelled_copy_begins_no_more_and_waits_for_what_has_begun(made
         for event in channel.events:
             event.come.set()
     await following
+    made.lane.close()
+
+
+async def test_a_bug_in_a_launch_is_raised_and_keeps_no_place(made: Made) -> None:
+    for channel in made.channels:
+        channel.loss = KeyError("a bug")
+    for _ in range(5):  # of 4 places
+        with pytest.raises(KeyError):
+            await made.copy("a")
     made.lane.close()
 
 
