@@ -37,7 +37,7 @@ class CudaPagedCopier:
     """Copies on two streams for each direction. For callers of one event loop.
 
     The first copies run as soon as their slots are pinned. After a CUDA error that ends the
-    context, ``loss`` says so, every copy fails, and nothing can be copied any more.
+    context, or where the kernel can't be made, ``loss`` says so, and every copy fails.
     """
 
     def __init__(
@@ -153,21 +153,23 @@ class CudaPagedCopier:
             raise TransferError(self.loss)
 
     def _lose(self, error: RuntimeError) -> None:
+        self._fail(f"the CUDA context of {self._device} is lost: {error}")
+
+    def _fail(self, reason: str) -> None:
         if self.loss is None:
-            self.loss = f"the CUDA context of {self._device} is lost: {error}"
-            _log.error("%s; nothing is copied from now on", self.loss)
+            self.loss = reason
+            _log.error("%s; nothing is copied from now on", reason)
 
     def _make_lanes(self, pool: HostPool, rank: int, pinning: Pinning) -> None:
         paged = self._paged
         kernel = _kernel_of(paged, pool.slot_stride, self._device)
-        stride = paged.segments[0].stride
         self._shape = Shape(
             block_nbytes=paged.block_nbytes,
             slot_stride=pool.slot_stride,
             slots_per_chunk=pinning.slots_per_chunk,
             is_whole=len(paged.segments) == 1,
             row_nbytes=_row_nbytes(paged),
-            blocks_touch=stride == pool.slot_stride,
+            blocks_touch=_blocks_touch(paged, pool.slot_stride),
             has_kernel=kernel is not None,
         )
         self._num_slots = pool.num_slots
@@ -221,8 +223,9 @@ class CudaPagedCopier:
             try:
                 for channel in channels:
                     channel.warm_up()
-            except RuntimeError as error:
-                self._lose(error)
+            except BaseException as error:  # whatever it is: without the kernel nothing moves
+                self._fail(f"the kernel for {self._device} can't be made: {error!r}")
+                raise
             finally:
                 warm.set_result(None)
 
@@ -240,6 +243,11 @@ class CudaPagedCopier:
         self._lanes.clear()
         self._pinning = None
         self._shape = None
+
+
+def _blocks_touch(paged: PagedSegments, slot_stride: int) -> bool:
+    """Are blocks laid out as slots are, without a gap? One in the cache may be somebody's."""
+    return paged.segments[0].stride == slot_stride == paged.block_nbytes
 
 
 def _row_nbytes(paged: PagedSegments) -> int:

@@ -109,6 +109,17 @@ async def test_blocks_of_megabytes_come_back(shape: tuple[int, ...]) -> None:
         assert torch.equal(cache, before[name])
 
 
+async def test_bytes_between_blocks_are_left_alone() -> None:
+    """Even where blocks are as far apart as their slots, and could move as one."""
+    backing = torch.full((7, PAGE), 5, dtype=torch.uint8, device="cuda")
+    caches = {"a": backing[:, :4000].unflatten(1, (4, 1000))}
+    async with copier_on(caches, table=TABLES["staged"]) as (copier, pool):
+        pool.region(0).fill_(3)
+        await copier.scatter(range(7), range(7), copier.mark())
+    assert (backing[:, :4000] == 3).all()
+    assert (backing[:, 4000:] == 5).all()
+
+
 async def test_caches_made_in_inference_mode_can_be_written() -> None:
     with torch.inference_mode():
         caches = {"a": torch.randn((7, 4, 5), device="cuda")}
