@@ -30,6 +30,8 @@ class WayTable:
     direct_load_nbytes: int = 8 << 20
     dma_nbytes: int = 256 << 10  # smaller pieces of the pool are left to the kernel
     row_nbytes: int = 256 << 10  # shorter rows are left to the kernel, which is faster
+    few_rows_nbytes: int = 4 << 20  # but for copies up to this, whose launch counts more:
+    short_row_nbytes: int = 64 << 10  # there these are left to it
     spin_nbytes: int = 8 << 20  # the end of a last slice up to this is waited for by spinning
     direct_programs: int = 64
     staged_programs: int = 264
@@ -92,7 +94,10 @@ def described(shape: Shape, table: WayTable) -> str:
     if not shape.has_kernel:
         return f"{staged} by torch alone"
     loads, stores = table.direct_load_nbytes >> 20, table.direct_store_nbytes >> 20
-    return f"loads up to {loads} MiB and stores up to {stores} MiB by one kernel, else {staged}"
+    kernel = f"loads up to {loads} MiB and stores up to {stores} MiB by one kernel, else {staged}"
+    if _is_rows(shape, table, shape.block_nbytes):
+        return f"up to {table.few_rows_nbytes >> 20} MiB by DMA in rows, else {kernel}"
+    return kernel
 
 
 def slice_blocks(shape: Shape, table: WayTable) -> int:
@@ -105,9 +110,9 @@ def _way(
 ) -> Way:
     if _is_whole(shape, table):
         return Way.WHOLE
-    if _is_rows(shape, table):
-        return Way.ROWS
     nbytes = len(slots) * shape.block_nbytes
+    if _is_rows(shape, table, nbytes):
+        return Way.ROWS
     most = table.direct_store_nbytes if is_store else table.direct_load_nbytes
     if shape.has_kernel and nbytes <= most:
         return Way.DIRECT
@@ -124,9 +129,12 @@ def _is_whole(shape: Shape, table: WayTable) -> bool:
     return shape.is_whole and shape.block_nbytes >= table.dma_nbytes
 
 
-def _is_rows(shape: Shape, table: WayTable) -> bool:
-    large = shape.block_nbytes >= table.dma_nbytes
-    return large and shape.row_nbytes > 0 and shape.row_nbytes >= table.row_nbytes
+def _is_rows(shape: Shape, table: WayTable, nbytes: int | None = None) -> bool:
+    """Does a copy of ``nbytes`` go in rows? None: does every one?"""
+    least = table.row_nbytes
+    if nbytes is not None and nbytes <= table.few_rows_nbytes:
+        least = min(least, table.short_row_nbytes)  # or few would need what many do without
+    return shape.block_nbytes >= table.dma_nbytes and shape.row_nbytes >= max(1, least)
 
 
 def _sizes(num_blocks: int, shape: Shape, table: WayTable, *, is_ramp: bool) -> list[int]:

@@ -30,6 +30,13 @@ TABLES = {
     "rows": WayTable(
         direct_load_nbytes=-1, direct_store_nbytes=-1, dma_nbytes=0, row_nbytes=1, max_slices=3
     ),
+    "few rows": WayTable(
+        direct_load_nbytes=-1,
+        direct_store_nbytes=-1,
+        dma_nbytes=0,
+        row_nbytes=1 << 30,
+        short_row_nbytes=1,
+    ),
     "small slices": WayTable(
         row_nbytes=1 << 30,
         slice_nbytes=3 * PAGE,

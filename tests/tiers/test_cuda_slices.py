@@ -54,6 +54,8 @@ def ways(number: int, of: Shape, *, step: int = 1, is_store: bool = True) -> set
         (1, shape(row_nbytes=256 << 10), 1, Way.ROWS),
         (1000, shape(row_nbytes=256 << 10), 1, Way.ROWS),
         (1000, shape(row_nbytes=64 << 10), 1, Way.STAGED),
+        (3, shape(row_nbytes=64 << 10), 1, Way.DIRECT),
+        (1, shape(row_nbytes=32 << 10), 1, Way.DIRECT),
         (1000, shape(row_nbytes=256 << 10, has_kernel=False), 1, Way.ROWS),
     ],
 )
@@ -64,6 +66,34 @@ def test_each_copy_goes_its_way(number: int, of: Shape, step: int, way: Way) -> 
     assert not (needs_staging(of, WayTable()) and way in {Way.WHOLE, Way.ROWS})
 
 
+def test_short_rows_go_by_dma_while_they_are_few() -> None:
+    of = shape(row_nbytes=64 << 10)
+    assert ways(2, of) == ways(1, of, is_store=False) == {Way.ROWS}
+    assert needs_staging(of, WayTable())  # for the others
+
+
+@pytest.mark.parametrize("direct_nbytes", [-1, 8 * MIB])
+@pytest.mark.parametrize("row_nbytes", [0, 48, 64 << 10, 256 << 10])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_no_slice_is_staged_where_there_is_no_staging_buffer(
+    *, has_kernel: bool, row_nbytes: int, direct_nbytes: int
+) -> None:
+    of = shape(row_nbytes=row_nbytes, has_kernel=has_kernel)
+    limits = [(0, 4 * MIB), (1, 64 << 10, 1 << 30), (1, 64 << 10, 1 << 30), (0, 1 << 30)]
+    for few_rows, short_row, row, dma in itertools.product(*limits):
+        table = WayTable(
+            direct_load_nbytes=direct_nbytes,
+            direct_store_nbytes=direct_nbytes,
+            few_rows_nbytes=few_rows,
+            short_row_nbytes=short_row,
+            row_nbytes=row,
+            dma_nbytes=dma,
+        )
+        for ids, is_store in itertools.product([range(1), range(9)], [True, False]):
+            parts = cut(ids, ids, of, table, is_store=is_store)
+            assert needs_staging(of, table) or all(part.way != Way.STAGED for part in parts), table
+
+
 @pytest.mark.parametrize(
     ("of", "says"),
     [
@@ -71,6 +101,7 @@ def test_each_copy_goes_its_way(number: int, of: Shape, step: int, way: Way) -> 
         (shape(has_kernel=False), "by torch alone"),
         (shape(is_whole=True), "whole blocks by DMA"),
         (shape(row_nbytes=256 << 10), "rows of 256 KiB"),
+        (shape(row_nbytes=64 << 10), "up to 4 MiB by DMA in rows, else loads up to 8 MiB"),
     ],
 )
 def test_the_log_says_which_way(of: Shape, says: str) -> None:
