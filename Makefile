@@ -20,7 +20,7 @@ PART  ?= index feed install ssd$(if $(TRACE), trace)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint e2e e2e-dynamo e2e-envs bench bench-vllm nightly $(PARTS:%=nightly-%) clean
+.PHONY: help demo test lint e2e e2e-dynamo e2e-envs bench bench-vllm bench-dynamo nightly $(PARTS:%=nightly-%) clean
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1 - \2/p' Makefile
@@ -56,6 +56,9 @@ bench: $(VENV)/.dev ## Every benchmark that needs no GPU (BENCH_ARGS="--quick --
 
 bench-vllm: $(E2E)/.made ## What flexkv costs and saves in a real vLLM (BENCH_ARGS="--quick --json")
 	$(E2E)/bin/python benchmarks/vllm_overhead.py $(BENCH_ARGS)
+
+bench-dynamo: $(E2E_031)/.made ## What flexkv saves behind Dynamo's router, with CPUs for GPUs (BENCH_ARGS="--quick --json")
+	$(E2E_031)/bin/python benchmarks/vllm_routing.py $(BENCH_ARGS)
 
 nightly: $(PART:%=nightly-%) ## The long tests: all parts, or PART=index, say
 	@echo "passed: $(PART)$(if $(TRACE),,; the part trace needs TRACE=file.jsonl)"
