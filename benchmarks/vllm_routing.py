@@ -57,6 +57,7 @@ class Deployment:
             f"--system-port={20000 + free_port() % 10000}",
             f"--block-size={BLOCK_SIZE}",
             f"--config={folder}.json",
+            f"--ready-timeout={READY_S:g}",
             *options,
             "--",
             f"--hf-overrides={json.dumps(MODEL)}",

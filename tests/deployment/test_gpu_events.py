@@ -1,6 +1,6 @@
 """vLLM's own events on, flexkv's in the same stream: one index for GPU, host and SSD.
 
-The tests share a deployment, and each goes on with what the ones before have left behind.
+The tests share a deployment: what the ones before have left in its caches is still there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ HEALS_AFTER_A_STEP_S = 2.0
 WARM_S = 0.5
 ANSWERS_S = 30.0
 NUM_ROUTED = 6
+NUM_FILLING = 90
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,12 @@ def observer(tiers: AllTiers) -> Iterator[Observer]:
         yield observer
 
 
+def fill(tiers: AllTiers) -> None:
+    """Ask so many prompts that every tier has evicted some, unless that has been done."""
+    while len(tiers.deployment.answered_by) < NUM_FILLING:
+        tiers.deployment.ask(tiers.deployment.fresh())
+
+
 def agree(tiers: AllTiers, observer: Observer, since: str) -> None:
     """At quiescence, on every block and every prompt that was asked."""
     seconds = tiers.until_true(observer, SETTLES_S, tiers.step_all)
@@ -64,9 +71,7 @@ def agree(tiers: AllTiers, observer: Observer, since: str) -> None:
 def test_the_index_is_true_after_evictions_from_every_tier(
     tiers: AllTiers, observer: Observer
 ) -> None:
-    deployment = tiers.deployment
-    for _ in range(90):
-        deployment.ask(deployment.fresh())
+    fill(tiers)
     agree(tiers, observer, "evictions")
     for where in tiers.wheres():
         num_removed = tiers.replay(where.worker).num_removed
@@ -135,6 +140,7 @@ def num_preempted(tiers: AllTiers) -> float:
 def test_prompts_go_where_one_tier_alone_has_them(
     tiers: AllTiers, observer: Observer, tier: str
 ) -> None:
+    fill(tiers)
     clear_gpus(tiers.deployment)
     tiers.until_true(observer, SETTLES_S, tiers.step_all)
     num_asked = 0
