@@ -39,6 +39,7 @@ SIDES = {
 BLOCK_SIZE = 32
 GPU_BLOCKS = 64  # of each worker: 2,048 tokens
 READY_S = 240.0
+_FLEXKV = "from flexkv.cli import main; main()"
 
 
 class Deployment:
@@ -75,7 +76,7 @@ class Deployment:
     def __enter__(self) -> str:
         """The frontend's URL."""
         with self._log.open("wb") as log:
-            command = [sys.executable, "-m", "flexkv.cli", "launch", *self._options]
+            command = [sys.executable, "-c", _FLEXKV, "launch", *self._options]
             self._process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
