@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from flexkv.config import Config
 from flexkv.doctor.facts import Facts, Machine, Nats
 from flexkv.doctor.gather import engines, limits, logs, network, packages, records
 from flexkv.doctor.gather.deadlines import within
 from flexkv.doctor.gather.deployment import (
-    FILE,
-    read_deployment,
+    deployment_in,
+    settings_in,
     shared_variables,
     worker_of,
 )
@@ -45,12 +44,11 @@ from flexkv.link.errors import LinkError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from flexkv.config import EventsConfig
+    from flexkv.config import Config, EventsConfig
     from flexkv.doctor.facts import Discovery, Endpoint, Frontend, Process, Worker
     from flexkv.doctor.findings import Finding
     from flexkv.doctor.gather.deployment import Deployment
 
-DEFAULT_FOLDER = Path("flexkv-deployment")
 _LOOK_S = 5.0
 _ALL_S = 18.0  # with what engines and a router answer, which comes last
 
@@ -207,19 +205,15 @@ async def _unreachable(discovery: Discovery) -> dict[str, str]:
 def _scene(folder: Path | None, config: Path | None, env: Mapping[str, str]) -> _Scene:
     if config is not None and not config.is_file():
         raise ConfigError(f"--config: there is no file {config}")
-    deployment = None
-    if folder is not None or (DEFAULT_FOLDER / FILE).is_file():
-        deployment = read_deployment(folder or DEFAULT_FOLDER)
+    deployment = deployment_in(folder)
     found = processes(deployment.pids if deployment is not None else None)
     if deployment is not None:
         ids = deployment.worker_ids
         found = [replace(p, worker_id=p.worker_id or ids.get(p.pid)) for p in found]
-    env = {"DYN_FPM_WORKER_ID": "0"} | _shared(deployment, found) | dict(env)
-    if deployment is not None:
-        env |= deployment.env
+    env = _shared(deployment, found) | dict(env)
     workers = [worker_of(process) for process in found if process.role == "worker"]
     try:
-        return _Scene(deployment, found, workers, Config.load(config, env), "")
+        return _Scene(deployment, found, workers, settings_in(deployment, config, env), "")
     except ConfigError as error:
         return _Scene(deployment, found, workers, None, str(error))
 

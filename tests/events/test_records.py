@@ -33,7 +33,7 @@ def read(folder: Path, content: bytes) -> None:
     record.path.parent.mkdir(parents=True)
     record.path.with_name("other").write_bytes(content)
     record._write()
-    assert (7, 0) in registered(folder, EVENTS)
+    assert (7, 0) in registered(EVENTS.model_copy(update={"discovery_path": str(folder)}))
     for name, other in ownership.rivals(
         ownership.live_records(record.path.parent), WORKER, publisher_id=1
     ):
