@@ -135,6 +135,11 @@ def test_a_deployment_is_read_with_what_is_lost(tmp_path: Path) -> None:
     assert found.endpoints == {done.pid: "ipc:///x"}
     assert found.worker_ids == {done.pid: 5}
     assert found.config is None
+    given_up = {"index": 1, "pid": None, "state": "dead", "restarts": 5, "log": "/logs/w1"}
+    content["workers"] = [*workers, given_up]
+    (tmp_path / "deployment.json").write_text(json.dumps(content))
+    lost = "worker 1 has died, and was started again 5 times (log: /logs/w1)"
+    assert read_deployment(tmp_path).lost[1:] == (lost,)
     (tmp_path / "deployment.json").write_text(json.dumps(content | {"state": "ended"}))
     assert read_deployment(tmp_path).lost == ()
 

@@ -16,7 +16,7 @@ from flexkv.errors import ConfigError
 from flexkv.process import Process as Alive
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from flexkv.config import EventsConfig
     from flexkv.doctor.facts import Process
@@ -138,7 +138,7 @@ def worker_of(process: Process) -> Worker:
 def _deployment(content: Any) -> Deployment:
     state = str(content["state"])
     named = _processes(content)
-    lost = [] if state == "ended" else [text for name, pid in named if (text := _lost(name, pid))]
+    lost = [text for name, pid in named if (text := _lost(name, pid))] + list(_dead(content))
     workers = [one for one in content.get("workers") or [] if isinstance(one.get("pid"), int)]
     frontend = content.get("frontend") or {}
     logs = [one.get("log") for one in (frontend, *workers)]
@@ -153,7 +153,7 @@ def _deployment(content: Any) -> Deployment:
         endpoints={w["pid"]: w["server_recv_port"] for w in workers if w.get("server_recv_port")},
         worker_ids={w["pid"]: w["worker_id"] for w in workers if w.get("worker_id")},
         logs=tuple(log for log in logs if log),
-        lost=tuple(lost),
+        lost=tuple(lost) if state != "ended" else (),
     )
 
 
@@ -165,6 +165,7 @@ def _config_of(content: Any) -> Path | None:
 
 def _processes(content: Any) -> list[tuple[str, int]]:
     found = [("launcher", content.get("pid")), ("nats-server", content.get("nats_pid"))]
+    found.append(("etcd", content.get("etcd_pid")))
     found.append(("frontend", (content.get("frontend") or {}).get("pid")))
     found += [(f"worker {w.get('index')}", w.get("pid")) for w in content.get("workers") or []]
     return [(name, pid) for name, pid in found if isinstance(pid, int)]
@@ -172,6 +173,13 @@ def _processes(content: Any) -> list[tuple[str, int]]:
 
 def _lost(name: str, pid: int) -> str:
     return "" if Alive(pid).is_alive() else f"{name} (process {pid}) is gone"
+
+
+def _dead(content: Any) -> Iterator[str]:
+    for one in content.get("workers") or []:
+        if one.get("state") == "dead":
+            again = f"was started again {one.get('restarts')} times"
+            yield f"worker {one.get('index')} has died, and {again} (log: {one.get('log')})"
 
 
 def _env(content: Any) -> dict[str, str]:
