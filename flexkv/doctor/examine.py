@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flexkv.config import Config, EventsConfig
-    from flexkv.doctor.facts import Discovery, Endpoint, Frontend, Process, Worker
+    from flexkv.doctor.facts import Discovery, Endpoint, Frontend, Process, Record, Worker
     from flexkv.doctor.findings import Finding
     from flexkv.doctor.gather.deployment import Deployment
 
@@ -132,6 +132,7 @@ async def gathered(scene: _Scene) -> Facts:
         config=scene.config,
         config_error=scene.config_error,
         state=scene.deployment.state if scene.deployment is not None else "",
+        starting=scene.deployment.starting if scene.deployment is not None else {},
         processes=scene.processes,
         lost=scene.deployment.lost if scene.deployment is not None else (),
         workers=scene.workers,
@@ -173,9 +174,7 @@ async def _engines(
     ours = [
         source
         for source in sources(discovery)
-        if "flexkv_owner" in source.record.content["metadata"]
-        and source.record.age_s < _LOOK_S * 2
-        and not source.record.owner_is_gone
+        if "flexkv_owner" in source.record.content["metadata"] and _is_alive(source.record)
     ]
     sizes = {card_of(card).get("kv_cache_block_size") for card in discovery.cards}
     size = next(iter(sizes)) if len(sizes) == 1 else None
@@ -190,8 +189,11 @@ async def _engines(
 
 async def _unreachable(discovery: Discovery) -> dict[str, str]:
     """The recovery servers that nobody can connect to."""
-    live = [source for source in sources(discovery) if source.record.age_s < _LOOK_S * 2]
-    places = {place for source in live if (place := recovery_address(source)) is not None}
+    places = {
+        place
+        for source in sources(discovery)
+        if _is_alive(source.record) and (place := recovery_address(source)) is not None
+    }
     refusals = await asyncio.gather(
         *(within(_LOOK_S, partial(network.refusal, place)) for place in places)
     )
@@ -200,6 +202,10 @@ async def _unreachable(discovery: Discovery) -> dict[str, str]:
         for place, refusal in zip(places, refusals, strict=True)
         if refusal != ""
     }
+
+
+def _is_alive(record: Record) -> bool:
+    return record.age_s < _LOOK_S * 2 and not record.owner_is_gone
 
 
 def _scene(folder: Path | None, config: Path | None, env: Mapping[str, str]) -> _Scene:
@@ -278,4 +284,6 @@ def _endpoints(scene: _Scene) -> Iterator[Endpoint]:
                 own = where if rank is None else with_dp_rank(where, rank)
             except LinkError:
                 continue
-            yield records.endpoint(own, process.name, process.family)
+            starting = scene.deployment.starting if scene.deployment is not None else {}
+            is_expected = process.pid not in starting
+            yield records.endpoint(own, process.name, process.family, is_expected=is_expected)

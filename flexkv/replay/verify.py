@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkv.errors import FeedError
+from flexkv.events import ownership
 from flexkv.events.dynamo import TIERS
 from flexkv.events.etcd import Etcd
 from flexkv.events.nats_audit import auditor
@@ -115,7 +116,9 @@ def registered(settings: EventsConfig) -> list[Source]:
             LookupError, TypeError, ValueError, OverflowError
         ):  # not a source's
             metadata = record["metadata"]
-            if OWNER in metadata and metadata["kv_state_endpoint"] == where:
+            owner = metadata[OWNER]
+            is_gone = isinstance(owner, dict) and ownership.is_gone(owner)
+            if metadata["kv_state_endpoint"] == where and not is_gone:
                 worker = metadata["worker"]
                 found.add((int(worker["worker_id"]), int(worker["dp_rank"])))
     return sorted(found)

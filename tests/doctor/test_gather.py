@@ -138,8 +138,12 @@ def test_a_deployment_is_read_with_what_is_lost(tmp_path: Path) -> None:
     given_up = {"index": 1, "pid": None, "state": "dead", "restarts": 5, "log": "/logs/w1"}
     content["workers"] = [*workers, given_up]
     (tmp_path / "deployment.json").write_text(json.dumps(content))
+    assert read_deployment(tmp_path).starting == {}
     lost = "worker 1 has died, and was started again 5 times (log: /logs/w1)"
     assert read_deployment(tmp_path).lost[1:] == (lost,)
+    workers[0]["state"] = "starting"
+    (tmp_path / "deployment.json").write_text(json.dumps(content | {"workers": workers}))
+    assert read_deployment(tmp_path).starting == {done.pid: "worker 0"}
     (tmp_path / "deployment.json").write_text(json.dumps(content | {"state": "ended"}))
     assert read_deployment(tmp_path).lost == ()
 
@@ -405,6 +409,7 @@ async def test_a_router_is_compared_with_the_engine(
     assert answer.refused == []
     (answer,) = (await engines.asked(config, found, TOKENS_PER_BLOCK)).answers
     assert "does not answer" in answer.error
+    assert "nobody listens there" in answer.error
 
 
 # Deadlines.

@@ -32,6 +32,7 @@ class Deployment:
     """What the file says.
 
     ``config``: the settings of a worker. ``lost``: which processes should run, and do not.
+    ``starting``: workers that are not ready yet, by pid.
     """
 
     state: str
@@ -45,6 +46,7 @@ class Deployment:
     worker_ids: Mapping[int, int] = field(default_factory=dict)
     logs: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    starting: Mapping[int, str] = field(default_factory=dict)
 
 
 def read_deployment(folder: Path) -> Deployment:
@@ -154,6 +156,9 @@ def _deployment(content: Any) -> Deployment:
         worker_ids={w["pid"]: w["worker_id"] for w in workers if w.get("worker_id")},
         logs=tuple(log for log in logs if log),
         lost=tuple(lost) if state != "ended" else (),
+        starting={
+            w["pid"]: f"worker {w.get('index')}" for w in workers if w.get("state") == "starting"
+        },
     )
 
 
