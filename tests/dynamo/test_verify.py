@@ -156,9 +156,12 @@ async def test_discovery_may_be_in_etcd(
     assert found.num_held == {"host_pinned": 200, "disk": 120}
 
 
-def test_a_feed_that_is_not_ours_can_not_be_compared(tmp_path: Path) -> None:
+def test_a_feed_that_is_not_ours_or_has_ended_can_not_be_compared(tmp_path: Path) -> None:
     (tmp_path / "deployment.json").write_text('{"state": "ready", "feed": "vllm"}')
     with pytest.raises(ConfigError, match=r"feed of this deployment is vllm.*--gpu-events"):
+        settings_of(tmp_path, None, {})
+    (tmp_path / "deployment.json").write_text('{"state": "ended", "feed": "nats"}')
+    with pytest.raises(ConfigError, match="has ended"):
         settings_of(tmp_path, None, {})
 
 

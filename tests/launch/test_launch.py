@@ -72,6 +72,7 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert launcher.end(signal.SIGINT) == 0
         assert [pid for pid in started if is_alive(pid)] == []
         assert launcher.document()["state"] == "ended"
+        assert {worker["state"] for worker in launcher.document()["workers"]} == {"dead"}
         assert bystander.poll() is None
     finally:
         bystander.kill()

@@ -91,6 +91,8 @@ def settings_of(
     if deployment is None:
         settings = Config.load(config, {WORKER_ID: "0"} | dict(env))
         return settings.events, settings.tokens_per_block
+    if deployment.state == "ended":
+        raise ConfigError("the deployment has ended: start it again with flexkv launch")
     if deployment.feed != "nats":
         raise ConfigError(
             f"the feed of this deployment is {deployment.feed}: only engines that publish "
