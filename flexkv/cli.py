@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import sys
-from pathlib import Path  # noqa: TC003  # typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +34,10 @@ app = typer.Typer(
 app.command(help=launching.HELP)(launching.launch)
 
 _Workers = Annotated[int, typer.Option(min=1, max=64, help="Simulated workers.")]
+_Deployment = Annotated[
+    Path | None,
+    typer.Option(help="Of flexkv launch. [default: ./flexkv-deployment, if it has a deployment]"),
+]
 _Capacity = Annotated[
     int | None,
     typer.Option(min=1, help="Host blocks per worker. [default: few enough to evict most blocks]"),
@@ -143,6 +147,7 @@ def demo(
 @app.command()
 def verify(
     *,
+    folder: _Deployment = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Settings. [default: as the engine finds them]")
     ] = None,
@@ -150,11 +155,11 @@ def verify(
     as_json: _Json = False,
 ) -> None:
     """Compare a live Dynamo router with the engines it routes to; print what differs."""
-    from flexkv.config import Config  # noqa: PLC0415  # for this command alone
+    from flexkv.doctor.gather.deployment import settings_of  # noqa: PLC0415  # for this command alone
     from flexkv.replay import verify as checks  # noqa: PLC0415  # as above
 
-    settings = Config.load(config)
-    work = checks.verify(settings.events, settings.tokens_per_block, settle_timeout_s=settle)
+    events, tokens_per_block = settings_of(folder, config)
+    work = checks.verify(events, tokens_per_block, settle_timeout_s=settle)
     comparisons = asyncio.run(work)
     print(checks.printed(comparisons, as_json=as_json))
     raise typer.Exit(0 if all(comparison.agrees for comparison in comparisons) else 1)
@@ -163,10 +168,7 @@ def verify(
 @app.command()
 def doctor(
     *,
-    folder: Annotated[
-        Path | None,
-        typer.Option(help="Of flexkv launch. [default: ./flexkv-deployment, else all that runs]"),
-    ] = None,
+    folder: _Deployment = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="Settings. [default: as the engine finds them]")
     ] = None,

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from flexkv.config import Config
 from flexkv.doctor.facts import Facts, Machine, Nats
 from flexkv.doctor.gather import engines, limits, logs, network, packages, records
 from flexkv.doctor.gather.deadlines import within
 from flexkv.doctor.gather.deployment import (
-    FILE,
-    read_deployment,
+    deployment_in,
+    settings_in,
     shared_variables,
     worker_of,
 )
@@ -45,12 +44,11 @@ from flexkv.link.errors import LinkError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from flexkv.config import EventsConfig
-    from flexkv.doctor.facts import Discovery, Endpoint, Frontend, Process, Worker
+    from flexkv.config import Config, EventsConfig
+    from flexkv.doctor.facts import Discovery, Endpoint, Frontend, Process, Record, Worker
     from flexkv.doctor.findings import Finding
     from flexkv.doctor.gather.deployment import Deployment
 
-DEFAULT_FOLDER = Path("flexkv-deployment")
 _LOOK_S = 5.0
 _ALL_S = 18.0  # with what engines and a router answer, which comes last
 
@@ -134,6 +132,7 @@ async def gathered(scene: _Scene) -> Facts:
         config=scene.config,
         config_error=scene.config_error,
         state=scene.deployment.state if scene.deployment is not None else "",
+        starting=scene.deployment.starting if scene.deployment is not None else {},
         processes=scene.processes,
         lost=scene.deployment.lost if scene.deployment is not None else (),
         workers=scene.workers,
@@ -175,9 +174,7 @@ async def _engines(
     ours = [
         source
         for source in sources(discovery)
-        if "flexkv_owner" in source.record.content["metadata"]
-        and source.record.age_s < _LOOK_S * 2
-        and not source.record.owner_is_gone
+        if "flexkv_owner" in source.record.content["metadata"] and _is_alive(source.record)
     ]
     sizes = {card_of(card).get("kv_cache_block_size") for card in discovery.cards}
     size = next(iter(sizes)) if len(sizes) == 1 else None
@@ -192,8 +189,11 @@ async def _engines(
 
 async def _unreachable(discovery: Discovery) -> dict[str, str]:
     """The recovery servers that nobody can connect to."""
-    live = [source for source in sources(discovery) if source.record.age_s < _LOOK_S * 2]
-    places = {place for source in live if (place := recovery_address(source)) is not None}
+    places = {
+        place
+        for source in sources(discovery)
+        if _is_alive(source.record) and (place := recovery_address(source)) is not None
+    }
     refusals = await asyncio.gather(
         *(within(_LOOK_S, partial(network.refusal, place)) for place in places)
     )
@@ -204,22 +204,22 @@ async def _unreachable(discovery: Discovery) -> dict[str, str]:
     }
 
 
+def _is_alive(record: Record) -> bool:
+    return record.age_s < _LOOK_S * 2 and not record.owner_is_gone
+
+
 def _scene(folder: Path | None, config: Path | None, env: Mapping[str, str]) -> _Scene:
     if config is not None and not config.is_file():
         raise ConfigError(f"--config: there is no file {config}")
-    deployment = None
-    if folder is not None or (DEFAULT_FOLDER / FILE).is_file():
-        deployment = read_deployment(folder or DEFAULT_FOLDER)
+    deployment = deployment_in(folder)
     found = processes(deployment.pids if deployment is not None else None)
     if deployment is not None:
         ids = deployment.worker_ids
         found = [replace(p, worker_id=p.worker_id or ids.get(p.pid)) for p in found]
-    env = {"DYN_FPM_WORKER_ID": "0"} | _shared(deployment, found) | dict(env)
-    if deployment is not None:
-        env |= deployment.env
+    env = _shared(deployment, found) | dict(env)
     workers = [worker_of(process) for process in found if process.role == "worker"]
     try:
-        return _Scene(deployment, found, workers, Config.load(config, env), "")
+        return _Scene(deployment, found, workers, settings_in(deployment, config, env), "")
     except ConfigError as error:
         return _Scene(deployment, found, workers, None, str(error))
 
@@ -284,4 +284,6 @@ def _endpoints(scene: _Scene) -> Iterator[Endpoint]:
                 own = where if rank is None else with_dp_rank(where, rank)
             except LinkError:
                 continue
-            yield records.endpoint(own, process.name, process.family)
+            starting = scene.deployment.starting if scene.deployment is not None else {}
+            is_expected = process.pid not in starting
+            yield records.endpoint(own, process.name, process.family, is_expected=is_expected)

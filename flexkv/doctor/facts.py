@@ -195,12 +195,16 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything. ``feed``: who tells the router: nats, vllm or none; "" if nobody says."""
+    """Everything. ``feed``: who tells the router: nats, vllm or none; "" if nobody says.
+
+    ``starting``: what launch still waits for, by pid.
+    """
 
     installations: Sequence[Installation] = ()
     config: Config | None = None
     config_error: str = ""
     state: str = ""
+    starting: Mapping[int, str] = field(default_factory=dict)
     feed: str = ""
     processes: Sequence[Process] = ()
     lost: Sequence[str] = ()

@@ -47,6 +47,8 @@ def check_settings(facts: Facts) -> Iterator[Finding]:
         yield warning("doctor", f"{name} took too long, and was left out", "ask again later")
     if facts.state and facts.state != "ready":
         yield warning("deployment", f"it is {facts.state}, not ready", "wait for it, or start it")
+    for name in facts.starting.values():
+        yield warning("deployment", f"{name} is not ready yet", "wait for it, or look at its log")
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:

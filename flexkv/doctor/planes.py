@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexkv.doctor.findings import ok, problem, warning
+from flexkv.launch.options import MAX_SYSTEM_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from flexkv.doctor.facts import Facts, Process, Worker
     from flexkv.doctor.findings import Finding
 
-_MAX_SYSTEM_PORT = 32767
 _PLANES = {
     "event plane": ("--event-plane", "DYN_EVENT_PLANE"),
     "request plane": ("--request-plane", "DYN_REQUEST_PLANE"),
@@ -134,10 +134,10 @@ def _unseen_options(worker: Worker) -> Iterator[Finding]:
 
 def _ports(process: Process) -> Iterator[Finding]:
     port = process.variable("DYN_SYSTEM_PORT") or ""
-    if port.isdecimal() and int(port) > _MAX_SYSTEM_PORT:
+    if port.isdecimal() and int(port) > MAX_SYSTEM_PORT:
         yield problem(
             "system port",
-            f"{process.name}: DYN_SYSTEM_PORT is {port}, and above {_MAX_SYSTEM_PORT} Dynamo ends",
+            f"{process.name}: DYN_SYSTEM_PORT is {port}, and above {MAX_SYSTEM_PORT} Dynamo ends",
             "give it a smaller port",
         )
     if process.role == "frontend" and process.variable("DYN_TCP_RESPONSE_STREAM_HOST") is None:

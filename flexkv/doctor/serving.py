@@ -57,9 +57,10 @@ def check_listeners(facts: Facts) -> Iterator[Finding]:
     for one in exposed:
         if one.process.role == "nats" and greeting is not None and greeting.get("auth_required"):
             continue
+        host = f"[{one.host}]" if ":" in one.host else one.host
         yield warning(
             "listeners",
-            f"{one.process.name} listens at {one.host}:{one.port}, for other machines, too, and "
+            f"{one.process.name} listens at {host}:{one.port}, for other machines, too, and "
             "lets everybody in",
             _closed(one),
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flexkv.events.audit import Audit
 
 _CLOSE_S = 2.0
+_NOBODY = "503"  # the server's word for a request without a subscriber
 _ERRORS = (OSError, EOFError, nats.errors.Error, AuditError)
 
 
@@ -47,6 +48,8 @@ class Auditor:
                     await self._client.publish(subject, b"", reply=inbox)
                     while True:
                         message = await subscription.next_msg(self._deadline_s)
+                        if (message.headers or {}).get("Status") == _NOBODY:
+                            raise AuditError("nobody listens there")
                         if (audit := collector.take(message.data)) is not None:
                             return audit
                 finally:
@@ -54,8 +57,14 @@ class Auditor:
         except (TimeoutError, *_ERRORS) as error:
             raise FeedError(
                 f"the engine of worker {worker_id}, rank {dp_rank} does not answer at {subject} "
-                f"within {self._deadline_s} s ({error!r}): is it running, with events.sink nats?"
+                f"({_reason(error, self._deadline_s)}): is it running, with events.sink nats?"
             ) from error
+
+
+def _reason(error: BaseException, deadline_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"within {deadline_s} s"
+    return str(error) or repr(error)
 
 
 @contextlib.asynccontextmanager

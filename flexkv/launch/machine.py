@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from flexkv.errors import ConfigError
 from flexkv.launch.options import MAX_SYSTEM_PORT, Machine
+from flexkv.launch.settings import endpoints_of
 from flexkv.link.endpoint import EndpointLock
 from flexkv.link.errors import LinkError
 from flexkv.tiers.memory import available_memory
@@ -110,27 +111,27 @@ def _port_obstacles(plan: Plan) -> list[str]:
 def _endpoint_obstacles(plan: Plan) -> list[str]:
     found = []
     for worker in plan.workers:
-        endpoint = worker.config.server_recv_port if worker.config is not None else None
-        if endpoint is None or not endpoint.startswith("ipc://"):
+        if worker.config is None:
             continue
-        folder = Path(endpoint.removeprefix("ipc://")).parent
-        if not folder.is_dir():
-            if folder != plan.options.folder:
+        for endpoint in endpoints_of(worker.config, plan.options.data_parallel_size):
+            folder = Path(endpoint.removeprefix("ipc://")).parent
+            if not endpoint.startswith("ipc://"):
+                continue
+            if folder.is_dir():
+                found += [f"{worker.program.name}: {error}" for error in _taken(endpoint)]
+            elif folder != plan.options.folder:
                 found.append(f"server_recv_port is {endpoint}: make the folder {folder} first")
-            continue
-        lock = EndpointLock(endpoint)
-        try:
-            lock.take()
-        except LinkError as error:
-            found.append(f"{program_of(worker)}: {error}")
-        else:
-            lock.release()
     return found
 
 
-def program_of(worker: Any) -> str:
-    """The worker's name."""
-    return str(worker.program.name)
+def _taken(endpoint: str) -> list[LinkError]:
+    lock = EndpointLock(endpoint)
+    try:
+        lock.take()
+    except LinkError as error:
+        return [error]
+    lock.release()
+    return []
 
 
 def _server_obstacles(plan: Plan) -> list[str]:
@@ -185,11 +186,23 @@ def _interpreter_obstacles(python: str, *, without: bool) -> list[str]:
 
 
 def _model_config(model: str) -> dict[str, Any]:
+    path = Path(model).expanduser() / "config.json"
     try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((_downloaded(model) or path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # a name, whose files are somewhere else
+        return {}  # a name, whose files are not here yet
     return config if isinstance(config, dict) else {}
+
+
+def _downloaded(model: str) -> Path | None:
+    """Where the model hub's client keeps the config.json of a model with that name."""
+    try:
+        from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  # Dynamo has it
+
+        found = try_to_load_from_cache(model, "config.json")
+    except (ImportError, ValueError):  # a folder is no name of a model
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _resolves(host: str) -> bool:

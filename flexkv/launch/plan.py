@@ -11,6 +11,7 @@ from flexkv.config_checks import listed
 from flexkv.errors import ConfigError
 from flexkv.launch.arguments import argument_problems, values_of
 from flexkv.launch.footprint import host_nbytes, kv_nbytes_per_token
+from flexkv.launch.options import MAX_SYSTEM_PORT
 from flexkv.launch.programs import (
     frontend_arguments,
     variables_of,
@@ -263,11 +264,11 @@ def _events_endpoint(options: Options, machine: Machine, index: int) -> str | No
 def _size_problems(options: Options, machine: Machine) -> list[str]:
     problems = []
     last = options.system_port + options.num_workers - 1
-    if last > 32767:  # noqa: PLR2004
+    if last > MAX_SYSTEM_PORT:
         problems.append(
             f"--system-port {options.system_port} gives the last worker {last}, and Dynamo ends a "
-            f"worker whose DYN_SYSTEM_PORT is above 32767: give {32768 - options.num_workers} or "
-            "less"
+            f"worker whose DYN_SYSTEM_PORT is above {MAX_SYSTEM_PORT}: give "
+            f"{MAX_SYSTEM_PORT + 1 - options.num_workers} or less"
         )
     elif options.system_port <= options.http_port <= last:
         problems.append(

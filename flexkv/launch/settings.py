@@ -17,6 +17,10 @@ PLACE = "{worker}"
 """Stands for the worker's number in a template's texts."""
 
 _DEFAULT_BLOCK_SIZE = 64
+_SHARED = (
+    *("nats_servers", "discovery", "discovery_path", "etcd_endpoints", "request_plane"),
+    *("namespace", "component", "endpoint", "worker_id", "dp_rank"),
+)
 _LONGEST_SUFFIX = len(".dp999.lock")
 
 
@@ -51,11 +55,7 @@ def worker_settings(
     mapping = _draft(options, index)
     given = _loaded(mapping, env)
     sink = "vllm" if options.gpu_events else "nats"
-    if "sink" in given.events.model_fields_set and given.events.sink not in {"auto", sink}:
-        raise ConfigError(
-            f"events.sink in the template is {given.events.sink}: launch sets it to {sink} "
-            "(--gpu-events: vllm, else nats): leave it out"
-        )
+    _require_the_deployments(mapping, given, env, sink)
     cache, events = mapping["cache_config"], mapping["events"]
     mapping.pop("tokens_per_block", None)  # the flat form of what is set here
     mapping.pop("ssd_cache_dir", None)
@@ -67,6 +67,25 @@ def worker_settings(
         cache["ssd_cache_dir"] = [f"{folder.rstrip('/')}/worker{index}" for folder in folders]
     events |= {"sink": sink, "event_plane": "nats"}
     return mapping, _loaded(mapping, env)
+
+
+def _require_the_deployments(
+    mapping: dict[str, Any], given: Config, env: Mapping[str, str], sink: str
+) -> None:
+    """Flexkv must be on the planes of its worker, or nobody hears it, without an error."""
+    if "sink" in given.events.model_fields_set and given.events.sink not in {"auto", sink}:
+        raise ConfigError(
+            f"events.sink in the template is {given.events.sink}: launch sets it to {sink} "
+            "(--gpu-events: vllm, else nats): leave it out"
+        )
+    others = {name: value for name, value in mapping["events"].items() if name not in _SHARED}
+    own = _loaded(mapping | {"events": others}, env).events
+    for name in _SHARED:
+        if getattr(given.events, name) != getattr(own, name):
+            raise ConfigError(
+                f"events.{name} in the template is {getattr(given.events, name)}: flexkv has it "
+                "from its worker, as launch and Dynamo set it: leave it out"
+            )
 
 
 def endpoints_of(config: Config, num_ranks: int) -> list[str]:
@@ -81,7 +100,11 @@ def endpoints_of(config: Config, num_ranks: int) -> list[str]:
 
 
 def shared_endpoints(configs: list[Config], num_ranks: int) -> list[str]:
-    """What is wrong where two engines would listen at one endpoint, or keep files in one folder."""
+    """What is wrong where two engines would listen at one endpoint or port."""
+    port = configs[0].events.recovery_port if configs else 0
+    if port and len(configs) * num_ranks > 1:
+        text = f"events.recovery_port in the template is {port}, and every engine needs its own"
+        return [f"{text}: leave it out"]
     owners: dict[str, int] = {}
     for index, config in enumerate(configs):
         for endpoint in endpoints_of(config, num_ranks):

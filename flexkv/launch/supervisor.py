@@ -285,6 +285,8 @@ class Supervisor:
                     tasks.create_task(child.end(timing.end_s if is_ready else timing.end_unready_s))
         self._show_logs()
         self._record.document |= {"state": "ended", "started": {}}
+        for worker in self._plan.workers:
+            self._document(worker.program).update(pid=None, worker_id=None, state="dead")
         self._record.write()
 
 

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkv.errors import FeedError
+from flexkv.events import ownership
 from flexkv.events.dynamo import TIERS
+from flexkv.events.etcd import Etcd
 from flexkv.events.nats_audit import auditor
 from flexkv.events.ownership import OWNER, live_records
 from flexkv.replay.deployment import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from flexkv.config import EventsConfig
     from flexkv.events.audit import Audit, Held
 
+SOURCES = "v1/event_sources"
 _POLL_S = 0.3
 
 Source = tuple[int, int]
@@ -62,21 +65,23 @@ class Comparison:
 async def verify(
     settings: EventsConfig, tokens_per_block: int, *, settle_timeout_s: float = 5.0
 ) -> list[Comparison]:
-    """Compare each flexkv source of the discovery folder with a real router that hears of it.
+    """Compare each flexkv source that discovery names with a real router that hears of it.
 
     Raises:
-        FeedError: no source is registered, or an engine or NATS does not answer.
+        FeedError: no source is registered, or an engine, NATS or etcd does not answer.
     """
-    folder = Path(settings.discovery_path or "")
-    sources = registered(folder, settings)
+    where: Path | str = Path(settings.discovery_path or "")
+    if settings.discovery == "etcd":
+        where = ",".join(settings.etcd_endpoints)
+    sources = await asyncio.to_thread(registered, settings)
     if not sources:
         raise FeedError(
             f"no flexkv source of {settings.namespace}.{settings.component}.{settings.endpoint} is "
-            f"registered in {folder}: name another folder, namespace, component or endpoint"
+            f"registered in {where}: name another folder, namespace, component or endpoint"
         )
     endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
     url = ",".join(settings.nats_servers)
-    router = Router(url, folder, tokens_per_block=tokens_per_block, endpoint=endpoint)
+    router = Router(url, where, tokens_per_block=tokens_per_block, endpoint=endpoint)
     async with router, auditor(settings) as asking:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
@@ -98,7 +103,7 @@ async def verify(
             await asyncio.sleep(_POLL_S)
 
 
-def registered(folder: Path, settings: EventsConfig) -> list[Source]:
+def registered(settings: EventsConfig) -> list[Source]:
     """The flexkv sources of an endpoint that are alive."""
     where = {
         "namespace": settings.namespace,
@@ -106,15 +111,24 @@ def registered(folder: Path, settings: EventsConfig) -> list[Source]:
         "name": settings.endpoint,
     }
     found: set[Source] = set()
-    for _, record in live_records(folder / "v1" / "event_sources"):
+    for _, record in _records(settings):
         with contextlib.suppress(
             LookupError, TypeError, ValueError, OverflowError
         ):  # not a source's
             metadata = record["metadata"]
-            if OWNER in metadata and metadata["kv_state_endpoint"] == where:
+            owner = metadata[OWNER]
+            is_gone = isinstance(owner, dict) and ownership.is_gone(owner)
+            if metadata["kv_state_endpoint"] == where and not is_gone:
                 worker = metadata["worker"]
                 found.add((int(worker["worker_id"]), int(worker["dp_rank"])))
     return sorted(found)
+
+
+def _records(settings: EventsConfig) -> Iterator[tuple[str, Any]]:
+    if settings.discovery == "file":
+        return live_records(Path(settings.discovery_path or "") / SOURCES)
+    etcd = Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
+    return etcd.under(f"{SOURCES}/")
 
 
 def beliefs(dump: list[dict[str, Any]]) -> dict[Source, Held]:

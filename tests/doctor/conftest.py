@@ -1,4 +1,4 @@
-"""Little processes that look like those of a deployment, and a NATS server for all tests."""
+"""Little processes that look like those of a deployment, and real servers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
-import pytest_asyncio
 
-from flexkv.replay.deployment import FakeWorker, NatsServer
-from tests.dynamo.shelf import TOKENS_PER_BLOCK
+from tests.dynamo.servers import etcd_url, nats_server, worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
+
+__all__ = ["Spawn", "etcd_url", "nats_server", "spawn", "worker"]
 
 _READY_S = 60.0
 
@@ -64,15 +64,3 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
         with suppress(ProcessLookupError):  # its group may be empty
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def nats_server() -> AsyncIterator[NatsServer]:
-    async with NatsServer() as server:
-        yield server
-
-
-@pytest_asyncio.fixture
-async def worker(nats_server: NatsServer, tmp_path: Path) -> AsyncIterator[FakeWorker]:
-    async with FakeWorker(nats_server.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK) as worker:
-        yield worker

@@ -378,6 +378,10 @@ TRAPS: dict[str, tuple[Facts, str, str, str]] = {
         *("problem", "settings", "evict_ratio is 2"),
     ),
     "a look that took too long": (sound(unfinished=["disks"]), "warning", "doctor", "disks"),
+    "a worker that starts": (
+        sound(starting={100: "worker 0"}, endpoints=[endpoint(owner=None, is_expected=False)]),
+        *("warning", "deployment", "worker 0 is not ready yet"),
+    ),
     "a deployment that starts": (sound(state="starting"), "warning", "deployment", "starting"),
     # logs
     "a refused router in a log": (

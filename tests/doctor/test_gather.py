@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -22,7 +21,7 @@ from flexkv.doctor.gather.deadlines import within
 from flexkv.doctor.gather.deployment import read_deployment, worker_of
 from flexkv.doctor.gather.processes import output_of, processes, role_of
 from flexkv.doctor.registry import card_key, card_of, recovery_address, sources
-from flexkv.errors import ConfigError, FeedError
+from flexkv.errors import ConfigError
 from flexkv.events.callbacks import CallbackPolicy
 from flexkv.events.discovery import FileRecord
 from flexkv.events.dynamo import WorkerRank
@@ -135,6 +134,16 @@ def test_a_deployment_is_read_with_what_is_lost(tmp_path: Path) -> None:
     assert found.logs == ("/logs/frontend.log",)
     assert found.endpoints == {done.pid: "ipc:///x"}
     assert found.worker_ids == {done.pid: 5}
+    assert found.config is None
+    given_up = {"index": 1, "pid": None, "state": "dead", "restarts": 5, "log": "/logs/w1"}
+    content["workers"] = [*workers, given_up]
+    (tmp_path / "deployment.json").write_text(json.dumps(content))
+    assert read_deployment(tmp_path).starting == {}
+    lost = "worker 1 has died, and was started again 5 times (log: /logs/w1)"
+    assert read_deployment(tmp_path).lost[1:] == (lost,)
+    workers[0]["state"] = "starting"
+    (tmp_path / "deployment.json").write_text(json.dumps(content | {"workers": workers}))
+    assert read_deployment(tmp_path).starting == {done.pid: "worker 0"}
     (tmp_path / "deployment.json").write_text(json.dumps(content | {"state": "ended"}))
     assert read_deployment(tmp_path).lost == ()
 
@@ -357,37 +366,17 @@ async def test_a_record_of_a_dead_process_is_told_from_one_of_a_living(tmp_path:
     assert found == {str(path): False, str(path.with_name("other")): True}
 
 
-async def test_records_in_etcd_are_read(tmp_path: Path) -> None:
-    program = shutil.which("etcd")
-    if program is None:
-        pytest.skip("no etcd (Debian's etcd-server has it)")
-    with contextlib.ExitStack() as sockets:
-        taken = [sockets.enter_context(socket.socket()) for _ in range(2)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        client, peer = (f"http://127.0.0.1:{each.getsockname()[1]}" for each in taken)
-    config = EventsConfig(discovery="etcd", etcd_endpoints=(client,))
+async def test_records_in_etcd_are_read(etcd_url: str) -> None:
+    config = EventsConfig(discovery="etcd", etcd_endpoints=(etcd_url,))
+    await EtcdRecord(Etcd([etcd_url]), WORKER, 1, None).claim()
+    (source,) = sources(records.discovery(config))
+    assert source.worker_id == 7
+    assert recovery_address(source) is None
+
+
+def test_an_etcd_that_is_away_is_an_error_of_discovery() -> None:
+    config = EventsConfig(discovery="etcd", etcd_endpoints=("http://127.0.0.1:1",))
     assert "no etcd answers" in records.discovery(config).error
-    process = await asyncio.create_subprocess_exec(
-        program,
-        *("--data-dir", str(tmp_path / "etcd"), "--log-level", "error"),
-        *("--listen-client-urls", client, "--advertise-client-urls", client),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-        *("--initial-cluster", f"default={peer}"),
-    )
-    try:
-        async with asyncio.timeout(20):
-            while True:
-                with contextlib.suppress(FeedError):
-                    await EtcdRecord(Etcd([client]), WORKER, 1, None).claim()
-                    break
-                await asyncio.sleep(0.05)
-        (source,) = sources(records.discovery(config))
-        assert source.worker_id == 7
-        assert recovery_address(source) is None
-    finally:
-        process.kill()
-        await process.wait()
 
 
 async def test_a_router_that_was_refused_is_named_by_the_engine(
@@ -420,6 +409,7 @@ async def test_a_router_is_compared_with_the_engine(
     assert answer.refused == []
     (answer,) = (await engines.asked(config, found, TOKENS_PER_BLOCK)).answers
     assert "does not answer" in answer.error
+    assert "nobody listens there" in answer.error
 
 
 # Deadlines.

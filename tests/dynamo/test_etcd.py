@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 
 from flexkv.blocks import Tier
 from flexkv.errors import FeedError
@@ -19,7 +16,6 @@ from flexkv.events.nats import NatsSink
 from flexkv.events.ownership import this_process
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
 from tests.dynamo.shelf import (
-    DEADLINE_S,
     TOKENS_PER_BLOCK,
     Shelf,
     chain,
@@ -29,42 +25,11 @@ from tests.dynamo.shelf import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from flexkv.config import EventsConfig
 
 WORKER = WorkerRank(namespace="ns", component="backend", endpoint="generate", worker_id=7)
-
-
-@pytest_asyncio.fixture
-async def etcd_url(tmp_path: Path) -> AsyncIterator[str]:
-    program = shutil.which("etcd")
-    if program is None:
-        pytest.skip("no etcd (Debian's etcd-server has it)")
-    with contextlib.ExitStack() as sockets:
-        taken = [sockets.enter_context(socket.socket()) for _ in range(2)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        client, peer = (f"http://127.0.0.1:{each.getsockname()[1]}" for each in taken)
-    process = await asyncio.create_subprocess_exec(
-        program,
-        *("--data-dir", str(tmp_path / "etcd"), "--log-level", "error"),
-        *("--listen-client-urls", client, "--advertise-client-urls", client),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-        *("--initial-cluster", f"default={peer}"),
-    )
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                with contextlib.suppress(FeedError):
-                    await asyncio.to_thread(Etcd([client]).exists, "anything")
-                    break
-                await asyncio.sleep(0.05)
-        yield client
-    finally:
-        process.kill()
-        await process.wait()
 
 
 def in_etcd(nats_url: str, etcd_url: str, folder: Path, worker_id: int) -> EventsConfig:

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flexkv.blocks import Tier
-from flexkv.errors import FeedError
+from flexkv.doctor.gather.deployment import settings_of
+from flexkv.errors import ConfigError, FeedError
 from flexkv.events.audit import Collector, chunks
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.types import BlockStored
-from flexkv.replay.verify import sentences, verify
+from flexkv.replay.deployment import FakeWorker
+from flexkv.replay.verify import Comparison, sentences, verify
 from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flexkv.events.log import EventLog
-    from flexkv.replay.deployment import FakeWorker, NatsServer
+    from flexkv.replay.deployment import NatsServer
 
 
 def filled() -> Shelf:
@@ -111,6 +113,56 @@ async def test_the_command_says_it_with_its_exit_status(
     (document,) = json.loads(out)
     assert document["agrees"] is True
     assert document["blocks"] == {"host_pinned": 200, "disk": 120}
+
+
+async def compared_by_folder(nats_url: str, discovery: Path | str, folder: Path) -> Comparison:
+    """What verify says of the deployment that a folder of launch describes, and of nothing else."""
+    file = folder / "worker0.json"
+    file.write_text(json.dumps({"events": {"sink": "nats"}}))
+    place = {"backend": "file", "path": str(discovery)}
+    if isinstance(discovery, str):
+        place = {"backend": "etcd", "endpoints": discovery}
+    document = {
+        "state": "ready",
+        "feed": "nats",
+        "block_size": TOKENS_PER_BLOCK,
+        "nats": nats_url,
+        "namespace": "flexkv",
+        "discovery": place,
+        "workers": [{"index": 0, "pid": None, "config": str(file)}],
+    }
+    (folder / "deployment.json").write_text(json.dumps(document))
+    size = TOKENS_PER_BLOCK
+    async with FakeWorker(nats_url, discovery, tokens_per_block=size) as worker:
+        events, found_size = settings_of(folder, None, {})
+        async with feeding(filled(), events.model_copy(update={"worker_id": worker.worker_id})):
+            (found,) = await verify(events, found_size)
+    return found
+
+
+async def test_a_folder_of_launch_says_all_that_it_needs(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    found = await compared_by_folder(nats_server.url, tmp_path, tmp_path)
+    assert found.agrees
+    assert found.num_held == {"host_pinned": 200, "disk": 120}
+
+
+async def test_discovery_may_be_in_etcd(
+    nats_server: NatsServer, etcd_url: str, tmp_path: Path
+) -> None:
+    found = await compared_by_folder(nats_server.url, etcd_url, tmp_path)
+    assert found.agrees
+    assert found.num_held == {"host_pinned": 200, "disk": 120}
+
+
+def test_a_feed_that_is_not_ours_or_has_ended_can_not_be_compared(tmp_path: Path) -> None:
+    (tmp_path / "deployment.json").write_text('{"state": "ready", "feed": "vllm"}')
+    with pytest.raises(ConfigError, match=r"feed of this deployment is vllm.*--gpu-events"):
+        settings_of(tmp_path, None, {})
+    (tmp_path / "deployment.json").write_text('{"state": "ended", "feed": "nats"}')
+    with pytest.raises(ConfigError, match="has ended"):
+        settings_of(tmp_path, None, {})
 
 
 async def test_nothing_to_compare_is_an_error_that_says_where_it_looked(

@@ -33,11 +33,23 @@ def read(folder: Path, content: bytes) -> None:
     record.path.parent.mkdir(parents=True)
     record.path.with_name("other").write_bytes(content)
     record._write()
-    assert (7, 0) in registered(folder, EVENTS)
+    assert (7, 0) in registered(EVENTS.model_copy(update={"discovery_path": str(folder)}))
     for name, other in ownership.rivals(
         ownership.live_records(record.path.parent), WORKER, publisher_id=1
     ):
         assert str(ownership.refusal(other, WORKER, name))
+
+
+def test_a_source_whose_process_has_ended_is_not_asked(tmp_path: Path) -> None:
+    record = FileRecord(tmp_path, WORKER, 1)
+    record.path.parent.mkdir(parents=True)
+    record._write()
+    events = EVENTS.model_copy(update={"discovery_path": str(tmp_path)})
+    assert registered(events) == [(7, 0)]
+    content = json.loads(record.path.read_text())
+    content["metadata"][ownership.OWNER]["started"] = "another time"
+    record.path.write_text(json.dumps(content))
+    assert registered(events) == []
 
 
 @given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))

@@ -9,16 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
 from flexkv import cli
+from flexkv.launch.machine import machine_of
+from flexkv.launch.options import Options
+from flexkv.link.endpoint import EndpointLock
 from tests.launch.conftest import is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.launch.conftest import Launcher
 
@@ -53,6 +58,12 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert document["state"] == "ready"
         assert [worker["state"] for worker in document["workers"]] == ["ready", "ready"]
         assert len({worker["worker_id"] for worker in document["workers"]}) == 2
+        assert document["own_nats"]
+        nats = Path(f"/proc/{document['nats_pid']}/cmdline").read_bytes().split(b"\0")
+        assert Path(os.fsdecode(nats[0])).name == "nats-server"
+        address = urlsplit(document["nats"])
+        with socket.create_connection((address.hostname or "", address.port or 0), 5) as client:
+            assert client.recv(4096).startswith(b"INFO ")
         assert launcher.popen is not None
         folder = f"a deployment of pid {launcher.popen.pid} runs in {launcher.folder}"
         assert folder in refused()  # a second one in the same folder
@@ -61,6 +72,7 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert launcher.end(signal.SIGINT) == 0
         assert [pid for pid in started if is_alive(pid)] == []
         assert launcher.document()["state"] == "ended"
+        assert {worker["state"] for worker in launcher.document()["workers"]} == {"dead"}
         assert bystander.poll() is None
     finally:
         bystander.kill()
@@ -185,6 +197,76 @@ def test_one_endpoint_for_two_workers(refused: Callable[..., str], tmp_path: Pat
     template.write_text(json.dumps({"server_recv_port": "ipc:///tmp/flexkv_0"}))
     error = refused("--config", template)
     assert "server_recv_port is ipc:///tmp/flexkv_0 for worker 0 and worker 1" in error
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_endpoint_that_another_engine_has(
+    refused: Callable[..., str], tmp_path: Path, num_ranks: int
+) -> None:
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"server_recv_port": f"ipc://{tmp_path}/kv{{worker}}"}))
+    taken = f"ipc://{tmp_path}/kv1" + (".dp1" if num_ranks > 1 else "")
+    lock = EndpointLock(taken)
+    lock.take()
+    try:
+        error = refused("--config", template, "--data-parallel-size", num_ranks)
+    finally:
+        lock.release()
+    assert error.startswith(f"flexkv: worker1: {taken}: the endpoint is taken by process")
+    assert str(os.getpid()) in error
+
+
+def test_a_port_of_another_engine(refused: Callable[..., str], tmp_path: Path) -> None:
+    with socket.socket() as engine:
+        engine.bind(("127.0.0.1", 0))
+        engine.listen()
+        port = engine.getsockname()[1]
+        template = tmp_path / "template.json"
+        template.write_text(json.dumps({"server_recv_port": f"tcp://127.0.0.1:{port}"}))
+        error = refused("--config", template, "--workers", 1)
+    assert f"port {port} of 127.0.0.1, for worker0, is in use" in error
+    assert "server_recv_port" in error
+
+
+def test_host_tiers_beyond_this_machines_memory(
+    launcher: Launcher, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"cpu_cache_gb": 2**20}))
+    error = refused("--config", template)
+    assert "the host tiers of 2 workers take 2097152.0 GiB" in error
+    assert "MemAvailable" in error
+    assert not launcher.folder.exists()
+
+
+@pytest.mark.parametrize("is_downloaded", [True, False])
+def test_a_models_size_is_taken_from_the_hubs_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, is_downloaded: bool
+) -> None:
+    cached = tmp_path / "config.json"
+    cached.write_text('{"num_hidden_layers": 3}')
+    there = str(cached) if is_downloaded else None
+    hub = SimpleNamespace(try_to_load_from_cache=lambda *_: there)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    options = Options(model="some/model", folder=tmp_path, python=sys.executable)
+    assert machine_of(options).model == ({"num_hidden_layers": 3} if is_downloaded else {})
+
+
+def test_what_would_break_it_silently_is_refused_all_at_once(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
+    vllm = ("--connector", "flexkv", "--no-enable-prefix-caching", "--block-size", "16")
+    error = refused("--system-port", 32767, "--", *vllm)
+    assert "5 settings can't be used" in error
+    for words in (
+        "--connector flexkv: Dynamo's --connector is gone",
+        "--no-enable-prefix-caching: without prefix caching no block is ever kept",
+        "--block-size 16: the router, flexkv and the other workers have blocks of 64",
+        "DYN_EVENT_PLANE is zmq",
+        "above 32767: give 32766 or less",
+    ):
+        assert words in error
 
 
 def test_a_server_that_is_reused_must_answer(refused: Callable[..., str]) -> None:

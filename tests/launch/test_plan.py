@@ -204,6 +204,26 @@ def test_harmless_extra_arguments_reach_every_worker(options: OptionsMaker) -> N
             ["--block-size is 32", "is 16"],
         ),
         ({"template": {"events": {"sink": "zmq"}}}, {}, ["events.sink", "zmq", "leave it out"]),
+        (
+            {"template": {"events": {"nats_servers": "nats://other:4222"}}},
+            {},
+            ["events.nats_servers", "other:4222", "leave it out"],
+        ),
+        (
+            {"template": {"events": {"worker_id": 7}}},
+            {},
+            ["events.worker_id in the template is 7", "leave it out"],
+        ),
+        (
+            {"template": {"events": {"component": "vllm"}}},
+            {},
+            ["events.component in the template is vllm", "leave it out"],
+        ),
+        (
+            {"template": {"events": {"recovery_port": 5000}}},
+            {},
+            ["events.recovery_port", "5000", "leave it out"],
+        ),
         ({"template": {"num_cpu_block": 3}}, {}, ["num_cpu_block", "did you mean"]),
         ({"etcd_url": "http://a:1", "with_etcd": True}, {}, ["give one of them"]),
         ({"folder": Path("/" + "x" * 100)}, {}, ["shorter one"]),

@@ -17,7 +17,7 @@ from flexkv.link.endpoint import lock_path
 from flexkv.link.errors import LinkError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from flexkv.config import EventsConfig
 
@@ -28,7 +28,7 @@ _SOURCES = "event_sources"
 def discovery(settings: EventsConfig) -> Discovery:
     """Cards and sources, where the settings say."""
     if settings.discovery == "etcd":
-        return _in_etcd(settings.etcd_endpoints)
+        return _in_etcd(settings)
     folder = discovery_folder(settings)
     if not folder.is_dir():
         return Discovery(backend="file", where=str(folder), error="there is no such folder")
@@ -62,8 +62,9 @@ def endpoint(
     )
 
 
-def _in_etcd(endpoints: Sequence[str]) -> Discovery:
-    etcd, where = Etcd(endpoints), ",".join(endpoints)
+def _in_etcd(settings: EventsConfig) -> Discovery:
+    where = ",".join(settings.etcd_endpoints)
+    etcd = Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
     try:
         return Discovery(
             backend="etcd",
