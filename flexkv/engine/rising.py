@@ -29,7 +29,7 @@ _RETRY_EVERY = 64  # one in so many loads that look too slow is done all the sam
 _ROOM_PERCENT = 75  # of the host tier; the rest takes stores
 _LOOK_S = 0.005  # who lets go of host slots tells nobody
 _MAX_LOOKS = 200
-_WEIGHT = 0.2  # of the latest measurement
+_MEASURED_NBYTES = 1 << 30  # older reads count half, and half again
 
 
 @dataclass(slots=True)
@@ -38,6 +38,39 @@ class _Chunk:
 
     stop: int
     arrived: asyncio.Future[Lease | None]
+
+
+class _Rate:
+    """Bytes per second of all reads together, over the time in which there are any."""
+
+    def __init__(self) -> None:
+        self._num_running = 0
+        self._nbytes = 0.0
+        self._seconds = 0.0
+        self._counted_s = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """A read begins."""
+        self._count(now_s)
+        self._num_running += 1
+
+    def end(self, nbytes: int, now_s: float) -> None:
+        """A read of so many bytes has ended; 0: it failed."""
+        self._count(now_s)
+        self._num_running -= 1
+        self._nbytes += nbytes
+        if self._nbytes > _MEASURED_NBYTES:
+            self._nbytes /= 2
+            self._seconds /= 2
+
+    def expected_s(self, nbytes: int) -> float:
+        """How long ``nbytes`` are expected to take; 0: nothing has been read yet."""
+        return nbytes * self._seconds / self._nbytes if self._nbytes else 0.0
+
+    def _count(self, now_s: float) -> None:
+        if self._num_running:
+            self._seconds += now_s - self._counted_s
+        self._counted_s = now_s
 
 
 class Rising:
@@ -140,7 +173,7 @@ class Risings:
         self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
         self._tokens_per_s = cache.recompute_tokens_per_s
         self._tasks = tasks
-        self._nbytes_per_s = 0.0  # of one chunk, beside whatever else is read
+        self._rate = _Rate()
         self._num_slow = 0
         self._running: set[asyncio.Task[None]] = set()
         self.num_risen = 0  # blocks, ever
@@ -157,10 +190,10 @@ class Risings:
             return num_host
         num_disk = self._disk.index.match(blocks).num_blocks
         num_new = num_disk - num_host
-        if num_new <= 0 or not self._tokens_per_s or not self._nbytes_per_s:
+        if num_new <= 0 or not self._tokens_per_s:
             return max(num_host, num_disk)
         nbytes = self._lane.nbytes_in_flight + num_new * self._block_nbytes
-        expected_s = nbytes / self._nbytes_per_s
+        expected_s = self._rate.expected_s(nbytes)
         if expected_s * self._tokens_per_s <= num_new * blocks.tokens_per_block:
             return num_disk
         self._num_slow += 1
@@ -272,19 +305,21 @@ class Risings:
             _log.warning("ssd: a read did not begin, its blocks count as missing: %s", error)
             index.release(lease)
             return 0
-        began_s = time.perf_counter()
+        nbytes_read = 0
+        self._rate.begin(time.perf_counter())
         try:
             if disk.store is not store or not disk.is_on:
                 return 0
             host_slots = reservation.slots[:num_blocks]
             lost = await store.read(slots, host_slots, [sums[slot] for slot in slots])
+            nbytes_read = nbytes
         except OSError as error:
             disk.fail_to_move(store, error)
             return 0
         finally:
+            self._rate.end(nbytes_read, time.perf_counter())
             self._lane.leave(nbytes)
             index.release(lease)
-        self._measure(nbytes, time.perf_counter() - began_s)
         if lost:
             self.num_lost += len(lost)
             _log.warning("ssd: %d blocks have rotted and are lost", len(lost))
@@ -293,8 +328,3 @@ class Risings:
             num_blocks = lost[0]
         self.num_risen += num_blocks
         return num_blocks
-
-    def _measure(self, nbytes: int, seconds: float) -> None:
-        rate = nbytes / max(seconds, 1e-6)
-        before = self._nbytes_per_s
-        self._nbytes_per_s = before + _WEIGHT * (rate - before) if before else rate

@@ -11,11 +11,13 @@ import shutil
 import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flexkv import BlockRemoved, BlockStored, ConfigError, Tier
+from flexkv.engine import rising
 from flexkv.events.digest import digest_of
 from flexkv.events.types import num_named
 from flexkv.tiers.ssd_journal import DiskCalls
@@ -435,6 +437,31 @@ async def test_what_is_faster_to_compute_is_not_read(tmp_path: Path) -> None:
         await b.store(C)
         assert b.engine.lookup(A).num_blocks == 0
         assert (await b.load(A)).num_blocks == 0
+
+
+async def test_reads_side_by_side_are_measured_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(rising, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    all_begun = threading.Barrier(4, action=lambda: now_s.__setitem__(0, 1.0))
+
+    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+        all_begun.wait(30)
+        return os.preadv(fd, buffers, offset)
+
+    calls = replace(DiskCalls(), preadv=slow)
+    tokens_per_s = 4.0  # the four blocks in two seconds; from the disk in one
+    async with bench(
+        tmp_path / "ssd", calls=calls, chunk_blocks=1, recompute_tokens_per_s=tokens_per_s
+    ) as b:
+        await b.store(A)
+        await b.store(C)
+        assert (await b.load(A)).num_blocks == 4
+        await b.store(C)
+        assert b.engine.lookup(A).num_blocks == 4
+        monkeypatch.setattr(b.engine._below._risings, "_tokens_per_s", 2.1 * tokens_per_s)
+        assert b.engine.lookup(A).num_blocks == 0
 
 
 async def test_the_journal_is_shortened_when_it_is_long(
