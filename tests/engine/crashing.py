@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from flexkv import CacheConfig, Config, Engine, ListSink, blocks_of
-from flexkv.engine import disk
+from flexkv.engine import disk_records
 from flexkv.replay.worker import SimulatedWorker, layout_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ BLOCK_NBYTES = 65536
 NUM_CHAINS = 40
 MAX_BLOCKS = 12
 CAP_NBYTES = 12 << 20
-disk._MIN_JOURNAL_NBYTES = 16 << 10  # snapshots happen all the time
+disk_records.MIN_JOURNAL_NBYTES = 16 << 10  # snapshots happen all the time
 
 
 def chains() -> list[Blocks]:

@@ -464,23 +464,6 @@ async def test_reads_side_by_side_are_measured_together(
         assert b.engine.lookup(A).num_blocks == 0
 
 
-async def test_the_journal_is_shortened_when_it_is_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexkv.engine.disk._MIN_JOURNAL_NBYTES", 4096)
-    longest = 0
-    async with bench(tmp_path / "ssd", num_slots=8) as b:
-        for i in range(100):
-            await b.store(chain(i, i, i))
-            longest = max(longest, b.engine._below._disk.store.journal_nbytes)
-        held = b.held(Tier.SSD)
-        crashed = tmp_path / "crashed"
-        shutil.copytree(tmp_path / "ssd", crashed)
-    assert longest < 8192
-    async with bench(crashed, num_slots=8) as b:
-        assert b.engine.residency(Tier.SSD) == held
-
-
 async def test_ssd_blocks_are_announced_and_withdrawn(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd", num_slots=4) as b:
         await b.store(A)
