@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from flexkv import CacheConfig, Config, Engine, ListSink, blocks_of
 from flexkv.engine import disk_records
 from flexkv.replay.worker import SimulatedWorker, layout_of
+from flexkv.tiers.ssd_frames import is_addition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from multiprocessing.connection import Connection
     from pathlib import Path
 
@@ -60,16 +61,25 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, 
         yield engine, worker, sink
 
 
-def serve_until_killed(folder: Path, seed: int, began: Connection) -> None:
-    """Runs in the process that is killed."""
-    asyncio.run(_serve(folder, seed, began))
+def serve_until_killed(folder: Path, seed: int, tell: Connection) -> None:
+    """Runs in the process that is killed; tells when it begins, and of all that will be back."""
+    asyncio.run(_serve(folder, seed, tell))
 
 
-async def _serve(folder: Path, seed: int, began: Connection) -> None:
+async def _serve(folder: Path, seed: int, tell: Connection) -> None:
     chance = random.Random(seed)
     made = chains()
-    async with serving(folder) as (_, worker, _):
-        began.send(None)
+    async with serving(folder) as (engine, worker, _):
+        store = engine._below._disk.store
+        record = store.record
+
+        async def record_and_tell(records: Sequence[bytes]) -> None:
+            await record(records)
+            if any(map(is_addition, records)):
+                tell.send(None)
+
+        store.record = record_and_tell  # type: ignore[method-assign]
+        tell.send(None)
         while True:
             await asyncio.gather(*(worker.serve(chance.choice(made)) for _ in range(2)))
             assert worker.tally.num_wrong_bytes == 0
