@@ -80,12 +80,12 @@ class Disk:
         return bool(self._records or self._clearing) or self._failure is not None
 
     async def open(self, pool: HostPool, tasks: asyncio.TaskGroup) -> None:
-        """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
+        """Bring back what the journal knows; nobody is told. Where a disk fails: as later.
 
         ``tasks`` takes what announces the loss of a disk.
 
         Raises:
-            ConfigError: a folder can't be used at all, or another process uses it.
+            ConfigError: a folder can't be used by this user, or another process uses it.
         """
         self._pool = pool
         self._tasks = tasks
@@ -97,7 +97,7 @@ class Disk:
         try:
             await self._open_store()
         except OSError as error:
-            _log.error("ssd: off, the disk can't be used: %s", error)  # it says all
+            await self._go_on(error, had_slots=False)
 
     async def flush(self) -> None:
         """On return the journal knows all that happened before; a failed disk is replaced."""
@@ -224,18 +224,26 @@ class Disk:
         if self._dropping is not None:  # what is stored anew is announced after that
             await asyncio.wait([self._dropping])
         await self.store.close()
-        broken = await asyncio.to_thread(failing, self._folders, failure)
-        self._folders = [folder for folder in self._folders if folder not in broken]
-        names = ", ".join(map(str, broken))
-        if not self._folders:
-            _log.error("ssd: off, %s failed", names)
-            return
-        _log.error("ssd: going on without %s, empty", names)
-        self._renew_index()
         try:
-            await self._open_store()
-        except (OSError, ConfigError) as error:
+            await self._go_on(failure, had_slots=True)
+        except ConfigError as error:
             _log.error("ssd: off, %s", error)  # it says all
+
+    async def _go_on(self, failure: OSError, *, had_slots: bool) -> None:
+        """Open the folders that work, empty; none of them may be open."""
+        while not self.is_on:
+            broken = await asyncio.to_thread(failing, self._folders, failure, had_slots=had_slots)
+            self._folders = [folder for folder in self._folders if folder not in broken]
+            names = ", ".join(map(str, broken))
+            if not self._folders:
+                _log.error("ssd: off, %s can't be used: %s", names, failure)
+                return
+            _log.error("ssd: going on without %s, empty: %s", names, failure)
+            self._renew_index()
+            try:
+                await self._open_store()
+            except OSError as error:
+                failure, had_slots = error, False
 
     async def _erase(self) -> bool:
         """Of a tier that is off, too, nothing may come back."""

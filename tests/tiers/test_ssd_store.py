@@ -182,6 +182,39 @@ async def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> No
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+async def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ssd_files.fcntl, "flock", refusing)
+        message = rf"ssd_cache_dir {tmp_path} can't be locked \({os.strerror(number)}\)"
+        with pytest.raises(ConfigError, match=message):
+            async with store_on(tmp_path):
+                pass
+    async with store_on(tmp_path):
+        pass
+
+
+async def test_a_disk_without_room_for_the_lock_is_an_error_that_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ssd_files.os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            async with store_on(tmp_path):
+                pass
+    assert caught.value.filename == str(tmp_path)
+    async with store_on(tmp_path):
+        pass
+
+
 async def test_a_folder_that_can_not_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"ssd_cache_dir .*/file/x can't be used"):
