@@ -191,14 +191,16 @@ class SsdStore:
         self._num_jobs = (settings.num_readers, settings.num_writers)
         self.way = f"{how}, {settings.num_readers} reader and {settings.num_writers} writer threads"
         if settings.uring_entries:
-            depth = max(1, min(RING_DEPTH, settings.uring_entries // (2 * _NUM_RINGS)))
+            num_each_way = min(_NUM_RINGS, settings.uring_entries // 2)
+            num_rings = max(1, 2 * num_each_way)  # a single one is for both ways
+            depth = min(RING_DEPTH, settings.uring_entries // num_rings)
             try:
                 mover = UringMover(
                     files,
                     self._pool,
                     self._calls,
                     has_sums=settings.has_sums,
-                    num_rings=2 * _NUM_RINGS,
+                    num_rings=num_rings,
                     depth=depth,
                 )
             except ImportError:
@@ -206,8 +208,8 @@ class SsdStore:
             except OSError as error:
                 self.way += f", because the kernel forbids io_uring: {error.strerror}"
             else:
-                self._num_jobs = (_NUM_RINGS, _NUM_RINGS)
-                self.way = f"{how}, {2 * _NUM_RINGS} io_urings of {depth} requests in flight"
+                self._num_jobs = (max(1, num_each_way), max(1, num_each_way))
+                self.way = f"{how}, {num_rings} io_urings of {depth} requests in flight"
                 return mover
         return Mover(files, self._pool, self._calls, has_sums=settings.has_sums)
 
