@@ -389,6 +389,27 @@ async def test_a_disk_that_hangs_does_not_hold_up_loads_nor_the_end(
     await b.engine._below._disk.close()
 
 
+async def test_a_disk_that_hangs_with_the_last_journal_does_not_hold_up_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    go_on.set()
+
+    def hanging(fd: int) -> None:
+        go_on.wait(20)
+        os.fdatasync(fd)
+
+    calls = replace(DiskCalls(), fdatasync=hanging)
+    async with bench(tmp_path / "ssd", calls=calls, close_timeout_s=0.05) as b:
+        await b.store(A)
+        go_on.clear()
+    assert "the disk did not take the last journal within 0.05 s" in caplog.text
+    go_on.set()
+    assert await b.engine._below.close(30) == 0
+    async with bench(tmp_path / "ssd") as b:
+        assert b.engine.residency(Tier.SSD) == set(A)
+
+
 async def test_a_second_engine_on_the_folder_is_refused(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd"):
         with pytest.raises(ConfigError, match="in use by process"):
