@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
 from flexkv.engine.disk_index import SharedDiskIndex
-from flexkv.engine.disk_records import Records, num_ssd_slots
+from flexkv.engine.disk_records import Recorder, num_ssd_slots
 from flexkv.errors import ConfigError
 from flexkv.events.types import BlockRemoved
 from flexkv.tiers.ssd import SsdSettings, SsdStore
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flexkv.config import CacheConfig
     from flexkv.events.types import Event
     from flexkv.tiers.host import HostPool
+    from flexkv.tiers.ssd_frames import Kept
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Disk:
         calls: DiskCalls | None = None,
     ) -> None:
         self._cache = cache
-        self._records_of = Records(cache, layout.tokens_per_block)
+        self._recorder = Recorder(cache, layout.tokens_per_block)
         self._announce = announce
         self._calls = calls or DiskCalls()
         self._about: dict[str, object] | None = None
@@ -114,7 +115,7 @@ class Disk:
                 await store.record(records)
             _answer(clearing, is_empty=True)
             num_resident, renewed_nbytes = self.index.num_resident, self._renewed_nbytes
-            if store.journal_nbytes > self._records_of.max_nbytes(num_resident, renewed_nbytes):
+            if store.journal_nbytes > self._recorder.max_nbytes(num_resident, renewed_nbytes):
                 await self._renew_journal(store, self.index.placed())
         except OSError as error:
             self._clearing[:0] = (answer for answer in clearing if not answer.done())
@@ -126,7 +127,7 @@ class Disk:
         for slot, checksum in zip(slots, sums, strict=True):
             self.sums[slot] = checksum
         if self.is_on:
-            self._records += self._records_of.of(blocks, slots, sums)
+            self._records += self._recorder.records(blocks, slots, sums)
 
     def fail(self, store: SsdStore, error: OSError) -> None:
         """A disk of ``store`` has failed: all that was on it is lost, from now on."""
@@ -203,11 +204,7 @@ class Disk:
         with _without_gc():
             kept = await store.open()
             self._devices |= store.devices
-            await asyncio.to_thread(self.index.restore, kept)
-        for run in kept:
-            self.key_nbytes = run.blocks.key_nbytes
-            for slot, checksum in zip(run.slots, run.sums, strict=True):
-                self.sums[slot] = checksum
+            await asyncio.to_thread(self._restore, kept)
         self.is_on = True
         _log.info(
             "ssd: %d slots in %s by %s; %d blocks are back",
@@ -216,6 +213,13 @@ class Disk:
             store.way,
             self.index.num_resident,
         )
+
+    def _restore(self, kept: Sequence[Kept]) -> None:
+        self.index.restore(kept)
+        for run in kept:
+            self.key_nbytes = run.blocks.key_nbytes
+            for slot, checksum in zip(run.slots, run.sums, strict=True):
+                self.sums[slot] = checksum
 
     async def _start_over(self) -> None:
         """Go on with the folders that still work, if there are any."""
@@ -267,7 +271,7 @@ class Disk:
     ) -> None:
         """Write what is resident into a new journal. What changes meanwhile is recorded later."""
         await store.start_snapshot()
-        for records in self._records_of.batches(placed, self.sums, is_ranked=is_ranked):
+        for records in self._recorder.batches(placed, self.sums, is_ranked=is_ranked):
             await store.append_snapshot(records)
         await store.finish_snapshot()
         self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer

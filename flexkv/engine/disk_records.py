@@ -45,7 +45,7 @@ def num_ssd_slots(cache: CacheConfig, layout: KVLayout) -> int:
     return num_slots
 
 
-class Records:
+class Recorder:
     """Makes records of resident blocks; with ``ssd_cache_bytes`` none that takes too much room."""
 
     def __init__(self, cache: CacheConfig, tokens_per_block: int) -> None:
@@ -59,7 +59,7 @@ class Records:
         live_nbytes = max(self._typical_nbytes * num_resident, renewed_nbytes)
         return max(MIN_JOURNAL_NBYTES, 2 * live_nbytes)
 
-    def of(
+    def records(
         self,
         blocks: Blocks,
         slots: Sequence[int],
@@ -99,7 +99,7 @@ class Records:
                     records, num_blocks = [], 0
                 part_slots = slots[start : start + len(part)]
                 part_sums = [sums[slot] for slot in part_slots]
-                records += self.of(part, part_slots, part_sums, is_ranked=is_ranked)
+                records += self.records(part, part_slots, part_sums, is_ranked=is_ranked)
                 num_blocks += len(part)
                 if len(records) == _NUM_RECORDS_AT_ONCE:
                     yield records

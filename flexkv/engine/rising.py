@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,14 +29,6 @@ _ROOM_PERCENT = 75  # of the host tier; the rest takes stores
 _LOOK_S = 0.005  # who lets go of host slots tells nobody
 _MAX_LOOKS = 200
 _MEASURED_NBYTES = 1 << 30  # older reads count half, and half again
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Blocks up to ``stop`` of a chain; ``arrived`` brings a lease on the host's, or None."""
-
-    stop: int
-    arrived: asyncio.Future[Lease | None]
 
 
 class _Rate:
@@ -74,19 +65,20 @@ class _Rate:
 
 
 class Rising:
-    """One chain's blocks on their way up: ``num_blocks`` of it, those in host included."""
+    """One chain's blocks on their way up.
+
+    ``chunks`` arrive in order; each with a lease on all of the chain up to its end, or None.
+    """
 
     def __init__(
         self,
         host: SharedIndex,
-        num_blocks: int,
         deadline_s: float,
         leave: Callable[[], None],
     ) -> None:
-        self.num_blocks = num_blocks
         self._leave = leave
         self._num_held = 0  # chunks that hold host slots
-        self.chunks: list[_Chunk] = []
+        self.chunks: list[asyncio.Future[Lease | None]] = []
         self._host = host
         self._deadline_s = deadline_s
 
@@ -125,17 +117,17 @@ class Rising:
         if not self.chunks:
             self._leave()
         for chunk in self.chunks:
-            if chunk.arrived.done():
-                self._release(chunk.arrived)
+            if chunk.done():
+                self._release(chunk)
             else:
-                chunk.arrived.add_done_callback(self._release)
+                chunk.add_done_callback(self._release)
 
-    async def _arrival(self, chunk: _Chunk) -> Lease | None:
-        await asyncio.wait([chunk.arrived], timeout=self._deadline_s)
-        return chunk.arrived.result() if chunk.arrived.done() else None
+    async def _arrival(self, chunk: asyncio.Future[Lease | None]) -> Lease | None:
+        await asyncio.wait([chunk], timeout=self._deadline_s)
+        return chunk.result() if chunk.done() else None
 
-    def _release(self, arrived: asyncio.Future[Lease | None]) -> None:
-        lease = arrived.result()
+    def _release(self, chunk: asyncio.Future[Lease | None]) -> None:
+        lease = chunk.result()
         if lease is not None:
             self._host.release(lease)
         self._num_held -= 1
@@ -227,8 +219,8 @@ class Risings:
         if num_blocks <= num_host:
             leave()
             return None
-        rising = Rising(self._host, num_blocks, self._deadline_s, leave)
-        previous: _Chunk | None = None
+        rising = Rising(self._host, self._deadline_s, leave)
+        previous: asyncio.Future[Lease | None] | None = None
         for start in range(num_host, num_blocks, self._num_chunk_blocks):
             stop = min(start + self._num_chunk_blocks, num_blocks)
             plan = self._host.plan_store(blocks.part(0, stop), 0)
@@ -258,10 +250,13 @@ class Risings:
             await asyncio.sleep(_LOOK_S)
 
     def _begin_chunk(
-        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None
-    ) -> _Chunk:
+        self,
+        blocks: Blocks,
+        reservation: Reservation,
+        previous: asyncio.Future[Lease | None] | None,
+    ) -> asyncio.Future[Lease | None]:
         """The last of ``blocks`` go into ``reservation``'s slots."""
-        chunk = _Chunk(len(blocks), asyncio.get_running_loop().create_future())
+        chunk: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._stores.begin_copy(reservation)
         task = self._tasks.create_task(self._bring(blocks, reservation, previous, chunk))
         self._running.add(task)
@@ -269,7 +264,11 @@ class Risings:
         return chunk
 
     async def _bring(
-        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None, chunk: _Chunk
+        self,
+        blocks: Blocks,
+        reservation: Reservation,
+        previous: asyncio.Future[Lease | None] | None,
+        chunk: asyncio.Future[Lease | None],
     ) -> None:
         """Read, commit behind the chunk before, lease."""
         num_read, lease = 0, None
@@ -277,7 +276,7 @@ class Risings:
             if len(reservation.slots):
                 num_read = await self._read(blocks, reservation)
             if previous is not None:
-                await asyncio.wait([previous.arrived])
+                await asyncio.wait([previous])
         finally:
             self._stores.end_copy(reservation)
             self._host.commit(reservation, num_read)
@@ -285,7 +284,7 @@ class Risings:
                 if await self._stores.have_ended(reservation.joined):
                     lease = self._host.lease(blocks)
             finally:
-                chunk.arrived.set_result(lease)
+                chunk.set_result(lease)
 
     async def _read(self, blocks: Blocks, reservation: Reservation) -> int:
         """Fill the reserved slots. Returns how many of the leading ones are right."""

@@ -168,7 +168,8 @@ class Journal:
         if end < size:
             _log.warning("ssd: the journal %s ends torn, %d bytes are cut off", path, size - end)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        os.ftruncate(self._fd, end)
+        with naming(path):
+            os.ftruncate(self._fd, end)
         os.lseek(self._fd, end, os.SEEK_SET)
         self.nbytes = end
         return replay.kept()

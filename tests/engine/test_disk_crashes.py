@@ -60,6 +60,6 @@ async def test_after_every_kill_all_that_is_served_is_right_and_the_cap_holds(
                 found = worker._cache.read(ids[: loaded.num_blocks])
                 right = payload_of(blocks, BLOCK_NBYTES)[: loaded.num_blocks]
                 assert num_wrong(found, right) == 0
-            assert engine._below._disk.store.num_lost == 0, "the journal names whole blocks only"
+            assert engine._below._risings.num_lost == 0, "the journal names whole blocks only"
         assert nbytes_in([tmp_path]) <= CAP_NBYTES
     assert num_back > 20 * NUM_KILLS

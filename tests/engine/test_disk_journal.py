@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,14 @@ async def test_the_last_journal_is_put_together_in_small_steps(
 async def test_chains_that_wait_for_the_disk_get_their_slots_in_turns_of_their_own(
     tmp_path: Path, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench(tmp_path / "ssd", num_slots=64, num_host_slots=128) as b:
+    go_on = threading.Event()
+
+    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+        go_on.wait(30)
+        return os.pwritev(fd, buffers, offset)
+
+    calls = replace(DiskCalls(), pwritev=slow)
+    async with bench(tmp_path / "ssd", num_slots=64, num_host_slots=128, calls=calls) as b:
         index = b.engine._below._disk.index
         for method in ("plan_store", "commit"):
             real = getattr(index, method)
@@ -141,6 +149,7 @@ async def test_chains_that_wait_for_the_disk_get_their_slots_in_turns_of_their_o
             b.copier.compute(chain(i, i), [0, 1])
             await b.engine.store(chain(i, i), [0, 1])
         assert len(b.engine._below._writer._queue) > 1, "they go together"
+        go_on.set()
         await b.engine.flush()
         assert b.held(Tier.SSD) == {key for i in range(12) for key in chain(i, i)}
     assert sum(turns.sizes.values()) == 24
