@@ -40,7 +40,9 @@ def chains() -> list[Blocks]:
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, ListSink]]:
+async def serving(
+    folder: Path, *, uring_entries: int = 0
+) -> AsyncIterator[tuple[Engine, SimulatedWorker, ListSink]]:
     """An engine with a host tier that is too small, and an SSD tier that is too."""
     config = Config(
         num_log_interval_requests=0,
@@ -50,7 +52,7 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, 
             enable_ssd=True,
             ssd_cache_dir=(str(folder / "a"), str(folder / "b")),
             ssd_cache_bytes=CAP_NBYTES,
-            ssd_cache_iouring_entries=0,
+            ssd_cache_iouring_entries=uring_entries,
             weights_id="tiny",
         ),
     )
@@ -69,7 +71,8 @@ def serve_until_killed(folder: Path, seed: int, tell: Connection) -> None:
 async def _serve(folder: Path, seed: int, tell: Connection) -> None:
     chance = random.Random(seed)
     made = chains()
-    async with serving(folder) as (engine, worker, _):
+    uring_entries = 64 * (seed % 2)  # every other process, where there is io_uring
+    async with serving(folder, uring_entries=uring_entries) as (engine, worker, _):
         store = engine._below._disk.store
         record = store.record
 
