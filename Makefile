@@ -76,9 +76,10 @@ nightly-install: ## flexkv beside vLLM and Dynamo changes none of their packages
 	tests/install/check_install.sh vllm $(PYTHON)
 	tests/install/check_install.sh dynamo $(PYTHON)
 
-nightly-ssd: $(VENV)/.dev ## 200 times kill -9, 300 seeds of failing disks; hits on TRACE=file.jsonl if given
+nightly-ssd: $(VENV)/.dev ## 200 times kill -9, 300 seeds of failing disks; with TRACE=file.jsonl hits, and a router's belief after a restart
 	FLEXKV_HYPOTHESIS=nightly TRACE=$(TRACE) $(BIN)/pytest --timeout=0 tests/engine/test_disk_crashes.py \
 	  tests/engine/test_disk_simulation.py tests/replay/test_disk_hits.py $(PYTEST_ARGS)
+	$(if $(TRACE),$(BIN)/flexkv replay $(TRACE) --ssd-blocks 24000 --restart --json)
 
 nightly-vllm: $(E2E)/.made $(E2E_031)/.made ## vLLM's schedulers, 0.33's too, for long (0.5 GB to fetch)
 	tests/e2e/unpack_033.sh $(E2E) .venv-e2e-033

@@ -45,6 +45,9 @@ _Capacity = Annotated[
 _SsdBlocks = Annotated[
     int, typer.Option("--ssd-blocks", min=0, help="SSD blocks per worker. [default: no SSD tier]")
 ]
+_Restart = Annotated[
+    bool, typer.Option("--restart", help="Close the engines half-way, and start them again.")
+]
 _Speed = Annotated[
     float | None,
     typer.Option(min=1e-6, help="Send requests this many times as fast as they came."),
@@ -91,6 +94,7 @@ def replay(
     workers: _Workers = 2,
     capacity: _Capacity = None,
     ssd_blocks: _SsdBlocks = 0,
+    restart: _Restart = False,
     speed: _Speed = None,
     as_fast_as_possible: _Fast = False,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
@@ -114,6 +118,7 @@ def replay(
         num_workers=workers,
         capacity=capacity,
         num_ssd_blocks=ssd_blocks,
+        restarts=restart,
         block_nbytes=block_bytes,
         evict_ratio=evict_ratio,
         seed=seed,

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
 from flexkv.engine.disk_index import SharedDiskIndex
+from flexkv.engine.disk_records import Recorder, num_ssd_slots
 from flexkv.errors import ConfigError
 from flexkv.events.types import BlockRemoved
-from flexkv.hashing import tokens_hashes
-from flexkv.tiers.host import slot_stride
 from flexkv.tiers.ssd import SsdSettings, SsdStore
 from flexkv.tiers.ssd_files import erase, failing
-from flexkv.tiers.ssd_frames import added, cleared, removed
+from flexkv.tiers.ssd_frames import cleared, removed
 from flexkv.tiers.ssd_journal import DiskCalls
 
 if TYPE_CHECKING:
@@ -29,37 +28,11 @@ if TYPE_CHECKING:
     from flexkv.config import CacheConfig
     from flexkv.events.types import Event
     from flexkv.tiers.host import HostPool
+    from flexkv.tiers.ssd_frames import Kept
 
 _log = logging.getLogger(__name__)
 
-_MIN_JOURNAL_NBYTES = 1 << 20  # a smaller one is not worth a snapshot
 _OUT_OF_MEMORY = {errno.ENOMEM, errno.EFAULT}  # the host pool is touched while it is in use
-_NUM_RECORDS_AT_ONCE = 64  # put together without a pause, well below 1 ms
-_MAX_JOURNALS = 4  # the journal is at most twice what is live, and a third time while it is renewed
-
-
-def entry_nbytes(tokens_per_block: int, key_nbytes: int = 32) -> int:
-    """About what one block takes in the journal."""
-    return key_nbytes + 4 * tokens_per_block + 28
-
-
-def num_ssd_slots(cache: CacheConfig, layout: KVLayout) -> int:
-    """How many blocks the SSD tier holds; ``ssd_cache_bytes`` covers the journal as well.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    if cache.ssd_cache_bytes is None:
-        return cache.num_ssd_blocks or 0
-    nbytes = layout.num_ranks * slot_stride(layout.block_nbytes)
-    nbytes += _MAX_JOURNALS * entry_nbytes(layout.tokens_per_block)
-    num_slots = (cache.ssd_cache_bytes - _MAX_JOURNALS * _MIN_JOURNAL_NBYTES) // nbytes
-    if num_slots < 1:
-        raise ConfigError(
-            f"ssd_cache_bytes is {cache.ssd_cache_bytes}, but one block takes {nbytes} bytes, and "
-            f"the journal up to {_MAX_JOURNALS * _MIN_JOURNAL_NBYTES}: give it more"
-        )
-    return num_slots
 
 
 class Disk:
@@ -79,7 +52,7 @@ class Disk:
         calls: DiskCalls | None = None,
     ) -> None:
         self._cache = cache
-        self._entry_nbytes = entry_nbytes(layout.tokens_per_block)
+        self._recorder = Recorder(cache, layout.tokens_per_block)
         self._announce = announce
         self._calls = calls or DiskCalls()
         self._about: dict[str, object] | None = None
@@ -108,12 +81,12 @@ class Disk:
         return bool(self._records or self._clearing) or self._failure is not None
 
     async def open(self, pool: HostPool, tasks: asyncio.TaskGroup) -> None:
-        """Bring back what the journal knows; nobody is told. A disk that fails leaves it off.
+        """Bring back what the journal knows; nobody is told. Where a disk fails: as later.
 
         ``tasks`` takes what announces the loss of a disk.
 
         Raises:
-            ConfigError: a folder can't be used at all, or another process uses it.
+            ConfigError: a folder can't be used by this user, or another process uses it.
         """
         self._pool = pool
         self._tasks = tasks
@@ -125,7 +98,7 @@ class Disk:
         try:
             await self._open_store()
         except OSError as error:
-            _log.error("ssd: off, the disk can't be used: %s", error)  # it says all
+            await self._go_on(error, had_slots=False)
 
     async def flush(self) -> None:
         """On return the journal knows all that happened before; a failed disk is replaced."""
@@ -141,7 +114,8 @@ class Disk:
             if records:
                 await store.record(records)
             _answer(clearing, is_empty=True)
-            if store.journal_nbytes > self._max_journal_nbytes():
+            num_resident, renewed_nbytes = self.index.num_resident, self._renewed_nbytes
+            if store.journal_nbytes > self._recorder.max_nbytes(num_resident, renewed_nbytes):
                 await self._renew_journal(store, self.index.placed())
         except OSError as error:
             self._clearing[:0] = (answer for answer in clearing if not answer.done())
@@ -153,7 +127,7 @@ class Disk:
         for slot, checksum in zip(slots, sums, strict=True):
             self.sums[slot] = checksum
         if self.is_on:
-            self._records.append(_record_of(blocks, slots, sums))
+            self._records += self._recorder.records(blocks, slots, sums)
 
     def fail(self, store: SsdStore, error: OSError) -> None:
         """A disk of ``store`` has failed: all that was on it is lost, from now on."""
@@ -230,11 +204,7 @@ class Disk:
         with _without_gc():
             kept = await store.open()
             self._devices |= store.devices
-            await asyncio.to_thread(self.index.restore, kept)
-        for run in kept:
-            self.key_nbytes = run.blocks.key_nbytes
-            for slot, checksum in zip(run.slots, run.sums, strict=True):
-                self.sums[slot] = checksum
+            await asyncio.to_thread(self._restore, kept)
         self.is_on = True
         _log.info(
             "ssd: %d slots in %s by %s; %d blocks are back",
@@ -244,6 +214,13 @@ class Disk:
             self.index.num_resident,
         )
 
+    def _restore(self, kept: Sequence[Kept]) -> None:
+        self.index.restore(kept)
+        for run in kept:
+            self.key_nbytes = run.blocks.key_nbytes
+            for slot, checksum in zip(run.slots, run.sums, strict=True):
+                self.sums[slot] = checksum
+
     async def _start_over(self) -> None:
         """Go on with the folders that still work, if there are any."""
         failure, self._failure = self._failure, None
@@ -251,18 +228,26 @@ class Disk:
         if self._dropping is not None:  # what is stored anew is announced after that
             await asyncio.wait([self._dropping])
         await self.store.close()
-        broken = await asyncio.to_thread(failing, self._folders, failure)
-        self._folders = [folder for folder in self._folders if folder not in broken]
-        names = ", ".join(map(str, broken))
-        if not self._folders:
-            _log.error("ssd: off, %s failed", names)
-            return
-        _log.error("ssd: going on without %s, empty", names)
-        self._renew_index()
         try:
-            await self._open_store()
-        except (OSError, ConfigError) as error:
+            await self._go_on(failure, had_slots=True)
+        except ConfigError as error:
             _log.error("ssd: off, %s", error)  # it says all
+
+    async def _go_on(self, failure: OSError, *, had_slots: bool) -> None:
+        """Open the folders that work, empty; none of them may be open."""
+        while not self.is_on:
+            broken = await asyncio.to_thread(failing, self._folders, failure, had_slots=had_slots)
+            self._folders = [folder for folder in self._folders if folder not in broken]
+            names = ", ".join(map(str, broken))
+            if not self._folders:
+                _log.error("ssd: off, %s can't be used: %s", names, failure)
+                return
+            _log.error("ssd: going on without %s, empty: %s", names, failure)
+            self._renew_index()
+            try:
+                await self._open_store()
+            except OSError as error:
+                failure, had_slots = error, False
 
     async def _erase(self) -> bool:
         """Of a tier that is off, too, nothing may come back."""
@@ -277,11 +262,6 @@ class Disk:
             return False
         return True
 
-    def _max_journal_nbytes(self) -> int:
-        num_resident = self.index.num_resident
-        live_nbytes = max(self._entry_nbytes * num_resident, self._renewed_nbytes)
-        return max(_MIN_JOURNAL_NBYTES, 2 * live_nbytes)
-
     async def _renew_journal(
         self,
         store: SsdStore,
@@ -291,14 +271,8 @@ class Disk:
     ) -> None:
         """Write what is resident into a new journal. What changes meanwhile is recorded later."""
         await store.start_snapshot()
-        records: list[bytes] = []
-        for blocks, slots in placed:
-            sums = [self.sums[slot] for slot in slots]
-            records.append(_record_of(blocks, slots, sums, is_ranked=is_ranked))
-            if len(records) == _NUM_RECORDS_AT_ONCE:
-                await store.append_snapshot(records)
-                records = []
-        await store.append_snapshot(records)
+        for records in self._recorder.batches(placed, self.sums, is_ranked=is_ranked):
+            await store.append_snapshot(records)
         await store.finish_snapshot()
         self._renewed_nbytes = store.journal_nbytes  # extra keys may make entries longer
 
@@ -324,9 +298,3 @@ def _without_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _record_of(
-    blocks: Blocks, slots: Sequence[int], sums: Sequence[int], *, is_ranked: bool = False
-) -> bytes:
-    return added(blocks, slots, sums, tokens_hashes(blocks), is_ranked=is_ranked)

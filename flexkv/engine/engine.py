@@ -118,7 +118,7 @@ class Engine:
             self._stores = Stores(self._host, self._transfers, settings.deadline_s)
             if self._pool is not None:
                 await self._below.open(self._pool, self._stores, tasks, self._events)
-                exits.push_async_callback(self._below.close)
+                exits.push_async_callback(self._below.close, settings.close_timeout_s)
             for sink in self._sinks if self._config.enable_flexkv else ():
                 await sink.start(self._events, tasks)
                 exits.push_async_callback(sink.close)
@@ -150,7 +150,7 @@ class Engine:
         timeout_s = self._config.transfers.close_timeout_s
         num_running = await self._transfers.settle(timeout_s)
         num_running += await self._below.settle(timeout_s)
-        if num_running:
+        if num_running := num_running or await self._below.close(timeout_s):
             # their memory stays as it is, and the task group stays open: nothing else is safe
             _log.error("%d copies did not end within %s s", num_running, 2 * timeout_s)
             for sink in self._sinks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,31 +28,57 @@ _RETRY_EVERY = 64  # one in so many loads that look too slow is done all the sam
 _ROOM_PERCENT = 75  # of the host tier; the rest takes stores
 _LOOK_S = 0.005  # who lets go of host slots tells nobody
 _MAX_LOOKS = 200
-_WEIGHT = 0.2  # of the latest measurement
+_MEASURED_NBYTES = 1 << 30  # older reads count half, and half again
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """Blocks up to ``stop`` of a chain; ``arrived`` brings a lease on the host's, or None."""
+class _Rate:
+    """Bytes per second of all reads together, over the time in which there are any."""
 
-    stop: int
-    arrived: asyncio.Future[Lease | None]
+    def __init__(self) -> None:
+        self._num_running = 0
+        self._nbytes = 0.0
+        self._seconds = 0.0
+        self._counted_s = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """A read begins."""
+        self._count(now_s)
+        self._num_running += 1
+
+    def end(self, nbytes: int, now_s: float) -> None:
+        """A read of so many bytes has ended; 0: it failed."""
+        self._count(now_s)
+        self._num_running -= 1
+        self._nbytes += nbytes
+        if self._nbytes > _MEASURED_NBYTES:
+            self._nbytes /= 2
+            self._seconds /= 2
+
+    def expected_s(self, nbytes: int) -> float:
+        """How long ``nbytes`` are expected to take; 0: nothing has been read yet."""
+        return nbytes * self._seconds / self._nbytes if self._nbytes else 0.0
+
+    def _count(self, now_s: float) -> None:
+        if self._num_running:
+            self._seconds += now_s - self._counted_s
+        self._counted_s = now_s
 
 
 class Rising:
-    """One chain's blocks on their way up: ``num_blocks`` of it, those in host included."""
+    """One chain's blocks on their way up.
+
+    ``chunks`` arrive in order; each with a lease on all of the chain up to its end, or None.
+    """
 
     def __init__(
         self,
         host: SharedIndex,
-        num_blocks: int,
         deadline_s: float,
         leave: Callable[[], None],
     ) -> None:
-        self.num_blocks = num_blocks
         self._leave = leave
         self._num_held = 0  # chunks that hold host slots
-        self.chunks: list[_Chunk] = []
+        self.chunks: list[asyncio.Future[Lease | None]] = []
         self._host = host
         self._deadline_s = deadline_s
 
@@ -92,17 +117,17 @@ class Rising:
         if not self.chunks:
             self._leave()
         for chunk in self.chunks:
-            if chunk.arrived.done():
-                self._release(chunk.arrived)
+            if chunk.done():
+                self._release(chunk)
             else:
-                chunk.arrived.add_done_callback(self._release)
+                chunk.add_done_callback(self._release)
 
-    async def _arrival(self, chunk: _Chunk) -> Lease | None:
-        await asyncio.wait([chunk.arrived], timeout=self._deadline_s)
-        return chunk.arrived.result() if chunk.arrived.done() else None
+    async def _arrival(self, chunk: asyncio.Future[Lease | None]) -> Lease | None:
+        await asyncio.wait([chunk], timeout=self._deadline_s)
+        return chunk.result() if chunk.done() else None
 
-    def _release(self, arrived: asyncio.Future[Lease | None]) -> None:
-        lease = arrived.result()
+    def _release(self, chunk: asyncio.Future[Lease | None]) -> None:
+        lease = chunk.result()
         if lease is not None:
             self._host.release(lease)
         self._num_held -= 1
@@ -140,7 +165,7 @@ class Risings:
         self._num_chunk_blocks = max(1, settings.chunk_bytes // block_nbytes)
         self._tokens_per_s = cache.recompute_tokens_per_s
         self._tasks = tasks
-        self._nbytes_per_s = 0.0  # of one chunk, beside whatever else is read
+        self._rate = _Rate()
         self._num_slow = 0
         self._running: set[asyncio.Task[None]] = set()
         self.num_risen = 0  # blocks, ever
@@ -157,10 +182,10 @@ class Risings:
             return num_host
         num_disk = self._disk.index.match(blocks).num_blocks
         num_new = num_disk - num_host
-        if num_new <= 0 or not self._tokens_per_s or not self._nbytes_per_s:
+        if num_new <= 0 or not self._tokens_per_s:
             return max(num_host, num_disk)
         nbytes = self._lane.nbytes_in_flight + num_new * self._block_nbytes
-        expected_s = nbytes / self._nbytes_per_s
+        expected_s = self._rate.expected_s(nbytes)
         if expected_s * self._tokens_per_s <= num_new * blocks.tokens_per_block:
             return num_disk
         self._num_slow += 1
@@ -194,8 +219,8 @@ class Risings:
         if num_blocks <= num_host:
             leave()
             return None
-        rising = Rising(self._host, num_blocks, self._deadline_s, leave)
-        previous: _Chunk | None = None
+        rising = Rising(self._host, self._deadline_s, leave)
+        previous: asyncio.Future[Lease | None] | None = None
         for start in range(num_host, num_blocks, self._num_chunk_blocks):
             stop = min(start + self._num_chunk_blocks, num_blocks)
             plan = self._host.plan_store(blocks.part(0, stop), 0)
@@ -225,10 +250,13 @@ class Risings:
             await asyncio.sleep(_LOOK_S)
 
     def _begin_chunk(
-        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None
-    ) -> _Chunk:
+        self,
+        blocks: Blocks,
+        reservation: Reservation,
+        previous: asyncio.Future[Lease | None] | None,
+    ) -> asyncio.Future[Lease | None]:
         """The last of ``blocks`` go into ``reservation``'s slots."""
-        chunk = _Chunk(len(blocks), asyncio.get_running_loop().create_future())
+        chunk: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._stores.begin_copy(reservation)
         task = self._tasks.create_task(self._bring(blocks, reservation, previous, chunk))
         self._running.add(task)
@@ -236,7 +264,11 @@ class Risings:
         return chunk
 
     async def _bring(
-        self, blocks: Blocks, reservation: Reservation, previous: _Chunk | None, chunk: _Chunk
+        self,
+        blocks: Blocks,
+        reservation: Reservation,
+        previous: asyncio.Future[Lease | None] | None,
+        chunk: asyncio.Future[Lease | None],
     ) -> None:
         """Read, commit behind the chunk before, lease."""
         num_read, lease = 0, None
@@ -244,7 +276,7 @@ class Risings:
             if len(reservation.slots):
                 num_read = await self._read(blocks, reservation)
             if previous is not None:
-                await asyncio.wait([previous.arrived])
+                await asyncio.wait([previous])
         finally:
             self._stores.end_copy(reservation)
             self._host.commit(reservation, num_read)
@@ -252,7 +284,7 @@ class Risings:
                 if await self._stores.have_ended(reservation.joined):
                     lease = self._host.lease(blocks)
             finally:
-                chunk.arrived.set_result(lease)
+                chunk.set_result(lease)
 
     async def _read(self, blocks: Blocks, reservation: Reservation) -> int:
         """Fill the reserved slots. Returns how many of the leading ones are right."""
@@ -272,19 +304,21 @@ class Risings:
             _log.warning("ssd: a read did not begin, its blocks count as missing: %s", error)
             index.release(lease)
             return 0
-        began_s = time.perf_counter()
+        nbytes_read = 0
+        self._rate.begin(time.perf_counter())
         try:
             if disk.store is not store or not disk.is_on:
                 return 0
             host_slots = reservation.slots[:num_blocks]
             lost = await store.read(slots, host_slots, [sums[slot] for slot in slots])
+            nbytes_read = nbytes
         except OSError as error:
             disk.fail_to_move(store, error)
             return 0
         finally:
+            self._rate.end(nbytes_read, time.perf_counter())
             self._lane.leave(nbytes)
             index.release(lease)
-        self._measure(nbytes, time.perf_counter() - began_s)
         if lost:
             self.num_lost += len(lost)
             _log.warning("ssd: %d blocks have rotted and are lost", len(lost))
@@ -293,8 +327,3 @@ class Risings:
             num_blocks = lost[0]
         self.num_risen += num_blocks
         return num_blocks
-
-    def _measure(self, nbytes: int, seconds: float) -> None:
-        rate = nbytes / max(seconds, 1e-6)
-        before = self._nbytes_per_s
-        self._nbytes_per_s = before + _WEIGHT * (rate - before) if before else rate

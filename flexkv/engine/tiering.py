@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from flexkv.events.log import EventLog
     from flexkv.events.types import BlockStored, Event
     from flexkv.tiers.host import HostPool
+
+_log = logging.getLogger(__name__)
 
 _HOST_SHARE = 4  # of the host tier, a quarter may wait for the SSD: the rest takes stores
 
@@ -62,6 +65,7 @@ class Tiering:
         self._disk: Disk | None = None
         self._risings: Risings | None = None
         self._writer: WriteThrough | None = None
+        self._closing: asyncio.Future[tuple[None]] | None = None
         if config.enable_flexkv and config.cache.enable_ssd:
             from flexkv.engine.disk import Disk  # noqa: PLC0415  # needs Linux
 
@@ -241,14 +245,30 @@ class Tiering:
             num_running += not await self._writer.settled(timeout_s)
         return num_running
 
-    async def close(self) -> None:
-        """End the writer, write the last journal, let go of the disk."""
+    async def close(self, timeout_s: float) -> int:
+        """End the writer, write the last journal, let go of the disk.
+
+        Returns how much of that still runs, on a disk that hangs; once more waits once more.
+        """
         if self._disk is None:
-            return
+            return 0
+        if self._closing is None:
+            self._closing = asyncio.gather(self._close(self._disk))  # a task of this call's own
+        await asyncio.wait([self._closing], timeout=timeout_s)
+        if not self._closing.done():
+            _log.error("ssd: the disk did not take the last journal within %s s", timeout_s)
+            return 1
+        self._closing.result()
+        return 0
+
+    async def _close(self, disk: Disk) -> None:
         if self._writer is not None:
             self._writer.close()
             await asyncio.wait([self._writing])
-        await self._disk.close()
+        try:
+            await disk.close()
+        except OSError as error:  # the rest of the engine is to be closed all the same
+            _log.error("ssd: the disk was let go of with an error: %s", error)  # it says all
 
     def _num_usable(self, blocks: Blocks, num_host: int) -> int:
         return num_host if self._risings is None else self._risings.num_usable(blocks, num_host)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flexkv.engine.shared_index import SharedIndex
 
 _BATCH_NBYTES = 32 << 20  # written together, then made durable together
+_MAX_BATCH_BLOCKS = 1024  # of one chain in one step: well below 1 ms
 _SIGHTS_PER_SLOT = 2
 
 
@@ -54,7 +55,7 @@ class WriteThrough:
         self._host = host
         self._block_nbytes = block_nbytes
         self._max_nbytes = max(max_nbytes, block_nbytes)
-        self._num_batch_blocks = max(1, _BATCH_NBYTES // block_nbytes)
+        self._num_batch_blocks = max(1, min(_BATCH_NBYTES // block_nbytes, _MAX_BATCH_BLOCKS))
         self._second_sight = second_sight
         self._seen: OrderedDict[BlockKey, bool] = OrderedDict()  # whether more than once
         self._queue: deque[_Waiting] = deque()
@@ -104,8 +105,9 @@ class WriteThrough:
             while self._queue or disk.has_news:
                 if not disk.is_on:
                     self._drop_all()
-                batch, complete = self._next_batch()
-                await disk.flush()  # the removals, before their slots are overwritten
+                batch, complete = await self._next_batch()
+                if disk.is_on or not batch:  # a disk that failed meanwhile: first give up the batch
+                    await disk.flush()  # the removals, before their slots are overwritten
                 if batch:
                     await self._write(batch)
                 for waiting in complete:
@@ -137,8 +139,11 @@ class WriteThrough:
         while self._queue:
             self._leave(self._queue.popleft())
 
-    def _next_batch(self) -> tuple[list[_Writing], list[_Waiting]]:
-        """Reserve slots for what waits, as much as goes together, and what is complete with it."""
+    async def _next_batch(self) -> tuple[list[_Writing], list[_Waiting]]:
+        """Reserve slots for what waits, as much as goes together, and what is complete with it.
+
+        Others have their turn after each chain; the queue may be dropped then.
+        """
         batch: list[_Writing] = []
         complete: list[_Waiting] = []
         room = self._num_batch_blocks
@@ -158,6 +163,7 @@ class WriteThrough:
                 self._host.release(lease)
             if start + num_new < stop or stop == len(waiting.blocks):
                 complete.append(self._queue.popleft())
+            await asyncio.sleep(0)
         return batch, complete
 
     async def _write(self, batch: list[_Writing]) -> None:
@@ -186,6 +192,7 @@ class WriteThrough:
                     disk.note_stored(blocks.part(0, num_stored), *parts)
                 at += num_new
                 self._host.release(lease)
+                await asyncio.sleep(0)  # the next chain is another step
 
     def _leave(self, waiting: _Waiting) -> None:
         self.nbytes -= waiting.nbytes

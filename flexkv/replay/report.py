@@ -53,7 +53,10 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The whole replay. Counts end with the last request of the workload; checks come after."""
+    """The whole replay. Counts end with the last request of the workload; checks come after.
+
+    ``back_after_restart``: blocks on SSD, where the engines were restarted in the middle.
+    """
 
     workload: str
     requests: int
@@ -68,6 +71,7 @@ class Report:
     chains_wanted: int
     chains_checked: Mapping[str, int]
     heads_served_again: int
+    back_after_restart: int
     divergences: int
     differing_blocks: int
     seconds: float
@@ -101,8 +105,8 @@ def counts_of(worker: SimulatedWorker) -> Counts:
         hit_blocks=tally.num_hit,
         block_hit_rate=_rate(tally.num_hit, tally.num_blocks),
         missing=tally.num_missing,
-        stored=host.num_stored,
-        evicted=host.num_evicted,
+        stored=tally.num_stored + host.num_stored,
+        evicted=tally.num_evicted + host.num_evicted,
         dropped=tally.num_dropped,
     )
 
@@ -136,6 +140,7 @@ def report_of(
         chains_wanted=num_chains,
         chains_checked={str(kind): n for kind, n in verdict.num_checked.items()},
         heads_served_again=verdict.num_heads,
+        back_after_restart=sum(worker.tally.num_back for worker in replay.workers.values()),
         divergences=sum(row.divergences for row in rows),
         differing_blocks=sum(row.differing_blocks for row in rows),
         seconds=round(seconds, 3),
@@ -169,6 +174,8 @@ def sentences_of(report: Report) -> list[str]:
     lines.append(f"checked against the router: {kinds} chains; all {num_resident} resident blocks")
     if report.heads_served_again:
         lines.append(f"heads of evicted chains served again for it: {report.heads_served_again}")
+    if report.back_after_restart:
+        lines.append(f"restarted in the middle: {report.back_after_restart} blocks back on SSD")
     lines += [
         f"only {n} chains were {kind.replace('_', ' ')}: {report.chains_wanted} were wanted"
         for kind, n in checked.items()

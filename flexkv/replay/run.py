@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flexkv.hashing import blocks_of
 from flexkv.replay.workload import tokens_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flexkv.blocks import Blocks
+    from flexkv.engine.engine import Engine
     from flexkv.replay.deployment import Overlap
     from flexkv.replay.worker import SimulatedWorker
     from flexkv.replay.workload import Request, Workload
+
+_ALL = slice(None)
 
 
 class RouterLike(Protocol):
@@ -47,6 +51,27 @@ class Pace:
     max_requests: int = 4  # at once on each worker
 
 
+class EngineAgain:
+    """``now`` is an open engine, within; ``restart`` replaces it by another that ``make`` makes."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self._make = make
+        self._open = AsyncExitStack()
+        self.now: Engine
+
+    async def __aenter__(self) -> Self:
+        self.now = await self._open.enter_async_context(self._make())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    async def restart(self) -> None:
+        """Close the engine, then open its successor."""
+        await self._open.aclose()
+        await self.__aenter__()
+
+
 class Replay:
     """One replay: the workload, who serves it, and how far it is."""
 
@@ -56,9 +81,11 @@ class Replay:
         workers: Mapping[int, SimulatedWorker],
         router: RouterLike,
         *,
+        engines: Mapping[int, EngineAgain],
         pace: Pace,
         seed: int,
     ) -> None:
+        self._engines = engines
         self.workload = workload
         self.workers = workers
         self.router = router
@@ -67,10 +94,15 @@ class Replay:
         self._seed = seed
         self._numbers = count()
 
-    async def run(self) -> None:
-        """Serve every request. On an error those in flight are cancelled and it is raised."""
+    async def run(self, part: slice = _ALL) -> None:
+        """Serve every request, or ``part`` of them.
+
+        On an error those in flight are cancelled and it is raised.
+        """
+        requests = self.workload.requests[part]
         admitted = asyncio.Semaphore(self._pace.max_requests * len(self.workers))
         started_s = asyncio.get_running_loop().time()
+        first_s = requests[0].arrival_s if part.start else 0.0
 
         async def one(request: Request) -> None:
             try:
@@ -80,10 +112,17 @@ class Replay:
             self.num_done += 1
 
         async with asyncio.TaskGroup() as tasks:
-            for request in self.workload.requests:
-                await self._wait_until_due(request, started_s)
+            for request in requests:
+                await self._wait_until_due(request.arrival_s - first_s, started_s)
                 await admitted.acquire()
                 tasks.create_task(one(request))
+
+    async def restart(self) -> None:
+        """Close every worker's engine, and open it again. Nothing may be in flight."""
+        for worker_id, worker in self.workers.items():
+            worker.leave()
+            await self._engines[worker_id].restart()
+            worker.go_on(self._engines[worker_id].now)
 
     async def serve(self, block_ids: Sequence[int]) -> None:
         """Serve one request where the router sends it. A request of no full block is nothing."""
@@ -102,9 +141,9 @@ class Replay:
         tokens_per_block = self.workload.tokens_per_block
         return blocks_of(tokens_of(block_ids, tokens_per_block, self._seed), tokens_per_block)
 
-    async def _wait_until_due(self, request: Request, started_s: float) -> None:
+    async def _wait_until_due(self, after_s: float, started_s: float) -> None:
         if self._pace.speed is not None:
-            due_s = started_s + request.arrival_s / self._pace.speed
+            due_s = started_s + after_s / self._pace.speed
             await asyncio.sleep(max(0.0, due_s - asyncio.get_running_loop().time()))
 
 

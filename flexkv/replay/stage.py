@@ -7,6 +7,7 @@ import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -20,7 +21,7 @@ from flexkv.events.nats import NatsSink
 from flexkv.replay.check import check
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
 from flexkv.replay.report import counts_of, report_of
-from flexkv.replay.run import Pace, Replay
+from flexkv.replay.run import EngineAgain, Pace, Replay
 from flexkv.replay.view import shown
 from flexkv.replay.worker import SimulatedWorker, layout_of
 
@@ -43,7 +44,8 @@ _CAPACITY_SHARE = 3  # all workers together hold a third of the distinct blocks
 class Settings:
     """What a replay can be told. ``capacity``: blocks per worker, None: few enough to evict.
 
-    ``num_ssd_blocks`` per worker, in a temporary folder; 0: no SSD tier.
+    ``num_ssd_blocks`` per worker, in a temporary folder; 0: no SSD tier. ``restarts``: the engines
+    are closed and started again half-way.
 
     ``nats_url`` None: a nats-server of the replay's own.
     """
@@ -51,6 +53,7 @@ class Settings:
     num_workers: int = 2
     capacity: int | None = None
     num_ssd_blocks: int = 0
+    restarts: bool = False
     block_nbytes: int = 16384
     evict_ratio: float = 0.05
     seed: int = 0
@@ -71,7 +74,13 @@ async def replay(workload: Workload, settings: Settings, console: Console) -> Re
     async with staged(workload, settings) as stage:
         started_s = loop.time()
         async with shown(stage, console):
-            await stage.run()
+            if settings.restarts:
+                half = len(workload.requests) // 2
+                await stage.run(slice(half))
+                await stage.restart()
+                await stage.run(slice(half, None))
+            else:
+                await stage.run()
         seconds = loop.time() - started_s
         counts = {wid: counts_of(worker) for wid, worker in stage.workers.items()}
         verdict = await check(
@@ -115,14 +124,17 @@ async def staged(workload: Workload, settings: Settings) -> AsyncIterator[Replay
                 tasks.create_task(stack.enter_async_context(card))
         worker_ids = [card.worker_id for card in cards]
         await router.wait_for_workers(worker_ids)
-        workers = {}
+        workers, engines = {}, {}
         for i, worker_id in enumerate(worker_ids):
             ssd_path = discovery_path / f"ssd-{i}"
             config = _config(workload, settings, worker_id, nats_url, discovery_path, ssd_path)
-            engine = Engine(config, layout, sinks=[NatsSink(config.events)])
+            engine = EngineAgain(partial(_engine, config, layout))
             await stack.enter_async_context(engine)
-            workers[worker_id] = _worker(f"{i}", engine, layout, workload, settings)
-        yield Replay(workload, workers, router, pace=settings.pace, seed=settings.seed)
+            engines[worker_id] = engine
+            workers[worker_id] = _worker(f"{i}", engine.now, layout, workload, settings)
+        yield Replay(
+            workload, workers, router, engines=engines, pace=settings.pace, seed=settings.seed
+        )
 
 
 def _refuse_what_cannot_work(workload: Workload, settings: Settings) -> None:
@@ -194,6 +206,10 @@ def _config(
         discovery_path=str(discovery_path),
     )
     return Config(num_log_interval_requests=0, cache=cache, events=events)
+
+
+def _engine(config: Config, layout: KVLayout) -> Engine:
+    return Engine(config, layout, sinks=[NatsSink(config.events)])
 
 
 def _worker(

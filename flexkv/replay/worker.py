@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from flexkv.blocks import KVLayout
+from flexkv.blocks import KVLayout, Tier
 from flexkv.errors import ConfigError
 from flexkv.replay.payload import num_wrong, payload_of
 
@@ -94,6 +94,9 @@ class Tally:
     num_dropped: int = 0
     num_wrong_bytes: int = 0
     num_checked_bytes: int = 0
+    num_stored: int = 0  # in host, by engines that are closed
+    num_evicted: int = 0  # as well
+    num_back: int = 0  # on SSD, when the engine was started again
 
 
 class SimulatedWorker:
@@ -112,6 +115,18 @@ class SimulatedWorker:
         num_gpu_blocks = max(_MIN_GPU_BLOCKS, num_longest * max_requests)
         self._cache = PagedCache(layout, num_gpu_blocks)
         self._admitted = asyncio.Semaphore(max_requests)
+        engine.attach(self._cache.layers)
+
+    def leave(self) -> None:
+        """Note what the engine has done; it is closed next."""
+        host = self.engine.stats().tiers[Tier.HOST]
+        self.tally.num_stored += host.num_stored
+        self.tally.num_evicted += host.num_evicted
+
+    def go_on(self, engine: Engine) -> None:
+        """Serve through ``engine``, the successor of the one that was left."""
+        self.engine = engine
+        self.tally.num_back += len(engine.residency(Tier.SSD))
         engine.attach(self._cache.layers)
 
     async def serve(self, blocks: Blocks) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from flexkv.tiers.host import HostPool
     from flexkv.tiers.ssd_frames import Kept
-
-_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _OS = DiskCalls()
@@ -65,13 +63,12 @@ class SsdStore:
         self._settings = settings
         self._pool = pool
         self._calls = calls
-        self._locks: list[FolderLock] = []
+        self._exits = ExitStack()  # what is open, in the order of opening
         self._files: SlotFiles
         self._journal: Journal
         self._mover: Mover
         self._num_jobs = (0, 0)  # of one call to read or write
         self._is_closed = False
-        self.num_lost = 0
         self.way = "closed"
         self._readers: ThreadPoolExecutor
         self._writers: ThreadPoolExecutor
@@ -116,9 +113,7 @@ class SsdStore:
             lost = await _in_threads(self._readers, [partial(mover.read, m) for m in moves])
         finally:
             mover.num_reading -= len(moves)
-        found = sorted(i for part in lost for i in part)
-        self.num_lost += len(found)
-        return found
+        return sorted(i for part in lost for i in part)
 
     async def write(self, slots: Sequence[int], host_slots: Sequence[int]) -> list[int]:
         """Fill ``slots[i]`` from ``host_slots[i]``. Returns the sums of what was written.
@@ -161,19 +156,23 @@ class SsdStore:
         if self._is_closed:
             return
         self._is_closed = True
-        await _in_threads(self._keeper, [self._close])
+        await _in_threads(self._keeper, [self._exits.close])
         self._keeper.shutdown()
 
     def _open(self) -> list[Kept]:
-        settings, pool = self._settings, self._pool
+        settings, pool, exits = self._settings, self._pool, self._exits
         for folder in settings.folders:
-            self._locks.append(FolderLock(folder))
+            exits.callback(FolderLock(folder).release)
         slot_nbytes = pool.num_ranks * pool.slot_stride
         self._files = SlotFiles(settings.folders, settings.num_slots, slot_nbytes, self._calls)
+        exits.callback(self._files.close)
         self._mover = self._chosen_mover()
+        exits.callback(self._mover.close)
         num_readers, num_writers = self._num_jobs
         self._readers = ThreadPoolExecutor(num_readers, "flexkv-ssd-read")
         self._writers = ThreadPoolExecutor(num_writers, "flexkv-ssd-write")
+        exits.callback(self._readers.shutdown)
+        exits.callback(self._writers.shutdown)
         about = {
             "block_nbytes": pool.slot_nbytes,
             "num_ranks": pool.num_ranks,
@@ -181,6 +180,7 @@ class SsdStore:
         }
         folder = settings.folders[0]
         self._journal = Journal(folder, about, self._calls, sync=settings.sync)
+        exits.callback(self._journal.close)
         can_keep = self._files.had_all and settings.about is not None
         return self._journal.load(settings.num_slots, can_keep=can_keep)
 
@@ -191,14 +191,16 @@ class SsdStore:
         self._num_jobs = (settings.num_readers, settings.num_writers)
         self.way = f"{how}, {settings.num_readers} reader and {settings.num_writers} writer threads"
         if settings.uring_entries:
-            depth = max(1, min(RING_DEPTH, settings.uring_entries // (2 * _NUM_RINGS)))
+            num_each_way = min(_NUM_RINGS, settings.uring_entries // 2)
+            num_rings = max(1, 2 * num_each_way)  # a single one is for both ways
+            depth = min(RING_DEPTH, settings.uring_entries // num_rings)
             try:
                 mover = UringMover(
                     files,
                     self._pool,
                     self._calls,
                     has_sums=settings.has_sums,
-                    num_rings=2 * _NUM_RINGS,
+                    num_rings=num_rings,
                     depth=depth,
                 )
             except ImportError:
@@ -206,8 +208,8 @@ class SsdStore:
             except OSError as error:
                 self.way += f", because the kernel forbids io_uring: {error.strerror}"
             else:
-                self._num_jobs = (_NUM_RINGS, _NUM_RINGS)
-                self.way = f"{how}, {2 * _NUM_RINGS} io_urings of {depth} requests in flight"
+                self._num_jobs = (max(1, num_each_way), max(1, num_each_way))
+                self.way = f"{how}, {num_rings} io_urings of {depth} requests in flight"
                 return mover
         return Mover(files, self._pool, self._calls, has_sums=settings.has_sums)
 
@@ -216,16 +218,6 @@ class SsdStore:
         if self._settings.sync and any(map(is_addition, records)):
             self._files.sync()
         self._journal.append(records)
-
-    def _close(self) -> None:
-        for threads in ("_readers", "_writers"):
-            if hasattr(self, threads):
-                getattr(self, threads).shutdown()
-        for part in ("_mover", "_journal", "_files"):
-            if hasattr(self, part):
-                getattr(self, part).close()
-        for lock in self._locks:
-            lock.release()
 
     def _moves(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexkv.errors import ConfigError
+from flexkv.tiers.ssd_journal import naming
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _PROBE_NBYTES = 4096
+_NO_MISTAKES = {  # of a configuration, but what a disk does
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESTALE,
+}
 
 
 class FolderLock:
     """One process on one folder. The system takes the lock back when the process dies.
 
     Raises:
-        ConfigError: another process has it, or the folder can't be made.
+        ConfigError: another process has it, or it can't be made or locked by this user, or there.
+        OSError: its disk fails, is full or read-only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,21 +45,34 @@ class FolderLock:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            if error.errno in _NO_MISTAKES:
+                raise
             raise ConfigError(
                 f"ssd_cache_dir {folder} can't be used ({error.strerror}): give a folder that this "
                 "user may write to"
             ) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            self._take(folder)
+        except BaseException:
             os.close(self._fd)
+            raise
+
+    def _take(self, folder: Path) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ConfigError(
                 f"ssd_cache_dir {folder} is in use by process {owner}: give each engine a folder "
                 "of its own"
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise ConfigError(
+                f"ssd_cache_dir {folder} can't be locked ({error.strerror}): give a folder on a "
+                "file system that knows flock, such as a local disk's"
+            ) from error
+        with naming(folder):
+            os.ftruncate(self._fd, os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0))
 
     def release(self) -> None:
         """Let others have the folder; once more does nothing."""
@@ -132,12 +156,12 @@ class SlotFiles:
         fd = os.open(path, flags | os.O_CREAT, 0o600)
         size = os.fstat(fd).st_size
         try:
-            if size > nbytes:
-                os.ftruncate(fd, nbytes)
-            if nbytes:  # an existing file may have holes
-                self._calls.posix_fallocate(fd, 0, nbytes)
+            with naming(path):
+                if size > nbytes:
+                    os.ftruncate(fd, nbytes)
+                if nbytes:  # an existing file may have holes
+                    self._calls.posix_fallocate(fd, 0, nbytes)
         except OSError:  # ext4 leaves a file as far as it got, and the disk full
-            os.ftruncate(fd, 0)
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
@@ -173,14 +197,23 @@ def erase(folders: Sequence[Path], devices: Mapping[Path, int]) -> None:
             os.close(fd)
 
 
-def failing(folders: Sequence[Path], error: OSError) -> list[Path]:
-    """The folders that ``error`` names or that can't be written to; all where it is none."""
-    named = [f for f in folders if error.filename and Path(error.filename).is_relative_to(f)]
-    found = [folder for folder in folders if folder in named or not _is_usable(folder)]
+def failing(folders: Sequence[Path], error: OSError, *, had_slots: bool) -> list[Path]:
+    """The folders that ``error`` names or that can't be written to; all where it is none.
+
+    ``had_slots``: the slot files were there, so who has none now was replaced. False: those that
+    ``error`` does not name may not have been made.
+    """
+    found = [f for f in folders if error.filename and _concerns(f, Path(error.filename))]
+    if had_slots or not found:
+        found += [f for f in folders if f not in found and not _is_usable(f, had_slots=had_slots)]
     return found or list(folders)
 
 
-def _is_usable(folder: Path) -> bool:
+def _concerns(folder: Path, path: Path) -> bool:
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
+
+
+def _is_usable(folder: Path, *, had_slots: bool) -> bool:
     try:
         fd = os.open(folder / "probe", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -191,7 +224,7 @@ def _is_usable(folder: Path) -> bool:
             (folder / "probe").unlink()
     except OSError:
         return False
-    return any(folder.glob("slots-*"))
+    return not had_slots or any(folder.glob("slots-*"))
 
 
 def _takes_direct_io(folder: Path) -> bool:

@@ -26,6 +26,7 @@ _ADD = struct.Struct("<BBHIIIII")
 _DEL = struct.Struct("<BBHI")
 _KIND_ADD, _KIND_DEL, _KIND_CLEAR = 1, 2, 3
 _HAS_PARENT, _HAS_NAMESPACE, _HAS_LORA, _HAS_HASHES, _IS_RANKED, _IS_OPAQUE = 1, 2, 4, 8, 16, 32
+MAX_NAMES_NBYTES = 128  # of namespace, LoRA name and extra keys, for each block
 _EXTRA = msgspec.msgpack.Encoder()
 
 
@@ -110,6 +111,12 @@ def added(
             b"" if hashes is None else _packed("Q", hashes),
         )
     )
+
+
+def max_entry_nbytes(tokens_per_block: int, key_nbytes: int = 32) -> int:
+    """What one block takes in a file at most: a run of its own, with ``MAX_NAMES_NBYTES``."""
+    head = _FRAME.size + _ADD.size + key_nbytes + MAX_NAMES_NBYTES
+    return head + key_nbytes + 4 * tokens_per_block + 4 + 8 + 8
 
 
 def removed(blocks: Blocks) -> bytes:

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexkv.tiers.ssd_frames import Replay, framed, unframed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from flexkv.tiers.ssd_frames import Kept
@@ -33,6 +34,15 @@ class DiskCalls:
     write: Callable[[int, memoryview], int] = os.write
     fdatasync: Callable[[int], None] = os.fdatasync
     posix_fallocate: Callable[[int, int, int], None] = os.posix_fallocate
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within, of a file descriptor, says where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Journal:
@@ -86,7 +96,8 @@ class Journal:
             self._write(self._next_fd, frames)
             self._next_nbytes += len(frames)
         if self._sync:
-            self._calls.fdatasync(self._fd)
+            with naming(self._folder):
+                self._calls.fdatasync(self._fd)
 
     def start_snapshot(self) -> None:
         """Begin a new file; until it is finished, what is appended goes into both."""
@@ -105,7 +116,8 @@ class Journal:
 
     def finish_snapshot(self) -> None:
         """The new file replaces the old one, in one step."""
-        self._calls.fdatasync(self._next_fd)
+        with naming(self._folder):
+            self._calls.fdatasync(self._next_fd)
         path = self._folder / f"journal-{self._generation + 1:010}"
         os.rename(self._folder / "journal-next", path)  # noqa: PTH104  # beside its siblings
         _sync_folder(self._folder)
@@ -156,7 +168,8 @@ class Journal:
         if end < size:
             _log.warning("ssd: the journal %s ends torn, %d bytes are cut off", path, size - end)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        os.ftruncate(self._fd, end)
+        with naming(path):
+            os.ftruncate(self._fd, end)
         os.lseek(self._fd, end, os.SEEK_SET)
         self.nbytes = end
         return replay.kept()
@@ -185,16 +198,15 @@ class Journal:
 
     def _write(self, fd: int, frames: memoryview) -> None:
         while len(frames):
-            try:
+            with naming(self._folder):
                 num_written = self._calls.write(fd, frames)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._folder)) from error
             frames = frames[num_written:]
 
 
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from itertools import islice
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -155,7 +156,7 @@ class Mover:
 
 
 class UringMover(Mover):
-    """The same through ``num_rings`` io_urings: for at most so many threads at a time.
+    """The same through ``num_rings`` io_urings; further threads wait until one is idle.
 
     Raises:
         ImportError: the extra ``uring`` is not installed.
@@ -184,7 +185,9 @@ class UringMover(Mover):
         except OSError:
             self.close()
             raise
-        self._idle = self._rings[:]
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for ring in self._rings:
+            self._idle.put(ring)
 
     def read(self, move: Move) -> list[int]:
         """As ``Mover.read``."""
@@ -214,7 +217,7 @@ class UringMover(Mover):
 
     def _run(self, move: Move, *, is_write: bool) -> Iterator[tuple[int, int, int]]:
         """Yields (block, file, bytes moved) of each part that ends; at the end all have ended."""
-        ring = self._idle.pop()
+        ring = self._idle.get()
         prepare = ring.prepare_write if is_write else ring.prepare_read
         todo = self._transfers(move)
         num_running = 0
@@ -240,7 +243,7 @@ class UringMover(Mover):
         finally:  # the buffers are in use until the last has ended, whatever happened
             while num_running:
                 num_running -= len(_ended(ring))
-            self._idle.append(ring)
+            self._idle.put(ring)
         if number:
             raise self._files.named(OSError(number, os.strerror(number)), failed)
 

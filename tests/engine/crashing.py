@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from flexkv import CacheConfig, Config, Engine, ListSink, blocks_of
-from flexkv.engine import disk
+from flexkv.engine import disk_records
 from flexkv.replay.worker import SimulatedWorker, layout_of
+from flexkv.tiers.ssd_frames import is_addition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from multiprocessing.connection import Connection
     from pathlib import Path
 
@@ -23,7 +24,7 @@ BLOCK_NBYTES = 65536
 NUM_CHAINS = 40
 MAX_BLOCKS = 12
 CAP_NBYTES = 12 << 20
-disk._MIN_JOURNAL_NBYTES = 16 << 10  # snapshots happen all the time
+disk_records.MIN_JOURNAL_NBYTES = 16 << 10  # snapshots happen all the time
 
 
 def chains() -> list[Blocks]:
@@ -39,7 +40,9 @@ def chains() -> list[Blocks]:
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, ListSink]]:
+async def serving(
+    folder: Path, *, uring_entries: int = 0
+) -> AsyncIterator[tuple[Engine, SimulatedWorker, ListSink]]:
     """An engine with a host tier that is too small, and an SSD tier that is too."""
     config = Config(
         num_log_interval_requests=0,
@@ -49,7 +52,7 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, 
             enable_ssd=True,
             ssd_cache_dir=(str(folder / "a"), str(folder / "b")),
             ssd_cache_bytes=CAP_NBYTES,
-            ssd_cache_iouring_entries=0,
+            ssd_cache_iouring_entries=uring_entries,
             weights_id="tiny",
         ),
     )
@@ -60,16 +63,26 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Engine, SimulatedWorker, 
         yield engine, worker, sink
 
 
-def serve_until_killed(folder: Path, seed: int, began: Connection) -> None:
-    """Runs in the process that is killed."""
-    asyncio.run(_serve(folder, seed, began))
+def serve_until_killed(folder: Path, seed: int, tell: Connection) -> None:
+    """Runs in the process that is killed; tells when it begins, and of all that will be back."""
+    asyncio.run(_serve(folder, seed, tell))
 
 
-async def _serve(folder: Path, seed: int, began: Connection) -> None:
+async def _serve(folder: Path, seed: int, tell: Connection) -> None:
     chance = random.Random(seed)
     made = chains()
-    async with serving(folder) as (_, worker, _):
-        began.send(None)
+    uring_entries = 64 * (seed % 2)  # every other process, where there is io_uring
+    async with serving(folder, uring_entries=uring_entries) as (engine, worker, _):
+        store = engine._below._disk.store
+        record = store.record
+
+        async def record_and_tell(records: Sequence[bytes]) -> None:
+            await record(records)
+            if any(map(is_addition, records)):
+                tell.send(None)
+
+        store.record = record_and_tell  # type: ignore[method-assign]
+        tell.send(None)
         while True:
             await asyncio.gather(*(worker.serve(chance.choice(made)) for _ in range(2)))
             assert worker.tally.num_wrong_bytes == 0

@@ -11,11 +11,13 @@ import shutil
 import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flexkv import BlockRemoved, BlockStored, ConfigError, Tier
+from flexkv.engine import rising
 from flexkv.events.digest import digest_of
 from flexkv.events.types import num_named
 from flexkv.tiers.ssd_journal import DiskCalls
@@ -387,6 +389,27 @@ async def test_a_disk_that_hangs_does_not_hold_up_loads_nor_the_end(
     await b.engine._below._disk.close()
 
 
+async def test_a_disk_that_hangs_with_the_last_journal_does_not_hold_up_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    go_on.set()
+
+    def hanging(fd: int) -> None:
+        go_on.wait(20)
+        os.fdatasync(fd)
+
+    calls = replace(DiskCalls(), fdatasync=hanging)
+    async with bench(tmp_path / "ssd", calls=calls, close_timeout_s=0.05) as b:
+        await b.store(A)
+        go_on.clear()
+    assert "the disk did not take the last journal within 0.05 s" in caplog.text
+    go_on.set()
+    assert await b.engine._below.close(30) == 0
+    async with bench(tmp_path / "ssd") as b:
+        assert b.engine.residency(Tier.SSD) == set(A)
+
+
 async def test_a_second_engine_on_the_folder_is_refused(tmp_path: Path) -> None:
     async with bench(tmp_path / "ssd"):
         with pytest.raises(ConfigError, match="in use by process"):
@@ -437,21 +460,29 @@ async def test_what_is_faster_to_compute_is_not_read(tmp_path: Path) -> None:
         assert (await b.load(A)).num_blocks == 0
 
 
-async def test_the_journal_is_shortened_when_it_is_long(
+async def test_reads_side_by_side_are_measured_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexkv.engine.disk._MIN_JOURNAL_NBYTES", 4096)
-    longest = 0
-    async with bench(tmp_path / "ssd", num_slots=8) as b:
-        for i in range(100):
-            await b.store(chain(i, i, i))
-            longest = max(longest, b.engine._below._disk.store.journal_nbytes)
-        held = b.held(Tier.SSD)
-        crashed = tmp_path / "crashed"
-        shutil.copytree(tmp_path / "ssd", crashed)
-    assert longest < 8192
-    async with bench(crashed, num_slots=8) as b:
-        assert b.engine.residency(Tier.SSD) == held
+    now_s = [0.0]
+    monkeypatch.setattr(rising, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    all_begun = threading.Barrier(4, action=lambda: now_s.__setitem__(0, 1.0))
+
+    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+        all_begun.wait(30)
+        return os.preadv(fd, buffers, offset)
+
+    calls = replace(DiskCalls(), preadv=slow)
+    tokens_per_s = 4.0  # the four blocks in two seconds; from the disk in one
+    async with bench(
+        tmp_path / "ssd", calls=calls, chunk_blocks=1, recompute_tokens_per_s=tokens_per_s
+    ) as b:
+        await b.store(A)
+        await b.store(C)
+        assert (await b.load(A)).num_blocks == 4
+        await b.store(C)
+        assert b.engine.lookup(A).num_blocks == 4
+        monkeypatch.setattr(b.engine._below._risings, "_tokens_per_s", 2.1 * tokens_per_s)
+        assert b.engine.lookup(A).num_blocks == 0
 
 
 async def test_ssd_blocks_are_announced_and_withdrawn(tmp_path: Path) -> None:

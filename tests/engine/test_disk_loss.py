@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import shutil
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flexkv import Tier
 from flexkv.engine import disk_index
 from flexkv.engine.disk_index import SharedDiskIndex
+from flexkv.tiers import ssd_files
+from flexkv.tiers.ssd_journal import DiskCalls
 from tests.engine.chains import chain
 from tests.engine.followers import believed
 from tests.engine.test_disk import A, B, C, bench
 from tests.tiers.disks import FaultyDisk
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from flexkv.events.types import Event
 
@@ -68,6 +74,54 @@ async def test_a_clear_in_the_middle_of_a_loss_leaves_nothing(tmp_path: Path) ->
         of_ssd.fail(of_ssd.store, OSError(5, "lost"))
         assert await b.engine.clear()
         assert b.held(Tier.SSD) == b.held(Tier.HOST) == set()
+
+
+def failing_in(folder: Path, call: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """``call``, whose first argument is a file or its descriptor; an error in ``folder``."""
+
+    def failing(file: Path | int, *arguments: Any) -> Any:
+        path = Path(f"/proc/self/fd/{file}").readlink() if isinstance(file, int) else Path(file)
+        if path.is_relative_to(folder):
+            raise OSError(number, os.strerror(number))
+        return call(file, *arguments)
+
+    return failing
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("what", ["allocate", "write", "lock"])
+async def test_a_folder_that_fails_at_the_start_takes_only_itself(
+    tmp_path: Path,
+    what: str,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folders, bad = [tmp_path / "a", tmp_path / "b"], tmp_path / name
+    if what != "write":  # there is nothing to write where a journal goes on
+        async with bench(*folders) as b:
+            await b.store(A)
+    calls = DiskCalls()
+    match what:
+        case "allocate":
+            full = failing_in(bad, os.posix_fallocate, errno.ENOSPC)
+            calls = replace(calls, posix_fallocate=full)
+        case "write":
+            calls = replace(calls, write=failing_in(bad, os.write, errno.EIO))
+        case "lock":
+            monkeypatch.setattr(ssd_files.os, "open", failing_in(bad, os.open, errno.EROFS))
+    is_hurt = (what, name) != ("write", "b")  # the journal is in the first one
+    async with bench(*folders, calls=calls) as b:
+        assert (f"going on without {bad}, empty" in caplog.text) == is_hurt
+        assert b.engine.stats().tiers[Tier.SSD].num_slots == (16 if is_hurt else 32)
+        await b.store(A)
+        await b.store(C)
+        assert b.held(Tier.SSD) == {*A, *C}
+        assert (await b.load(A)).num_blocks == 4
+    monkeypatch.undo()
+    async with bench(*folders) as b:
+        assert b.engine.stats().tiers[Tier.SSD].num_slots == 32
+        await b.load(A)
 
 
 async def test_clear_does_not_take_an_empty_mount_point_for_the_disk(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flexkv.config import Config
@@ -13,7 +14,7 @@ from flexkv.events.types import AllBlocksCleared, BlockStored
 from flexkv.hashing import blocks_of
 from flexkv.replay.deployment import Overlap
 from flexkv.replay.payload import payload_of
-from flexkv.replay.run import Replay
+from flexkv.replay.run import EngineAgain, Replay
 from flexkv.replay.stage import Settings, cache_of
 from flexkv.replay.worker import SimulatedWorker, layout_of
 
@@ -113,19 +114,21 @@ async def local_stage(
     config = Config(num_log_interval_requests=0, cache=cache_of(workload, settings))
     sinks = {wid: make_sink() for wid in range(settings.num_workers)}
     async with AsyncExitStack() as stack:
-        workers = {}
+        workers, engines = {}, {}
         for wid, sink in sinks.items():
-            engine = Engine(config, layout, sinks=[sink])
-            await stack.enter_async_context(engine)
+            engines[wid] = EngineAgain(partial(Engine, config, layout, sinks=[sink]))
+            await stack.enter_async_context(engines[wid])
             workers[wid] = SimulatedWorker(
                 f"{wid}",
-                engine,
+                engines[wid].now,
                 layout,
                 num_longest=workload.num_longest,
                 max_requests=settings.pace.max_requests,
             )
         router = BelievingRouter(sinks, workload.tokens_per_block)
-        yield Replay(workload, workers, router, pace=settings.pace, seed=settings.seed)
+        yield Replay(
+            workload, workers, router, engines=engines, pace=settings.pace, seed=settings.seed
+        )
 
 
 def flip_a_bit(stage: Replay, block_ids: tuple[int, ...]) -> None:

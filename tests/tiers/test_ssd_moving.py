@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import time
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,8 +57,11 @@ class WatchedRing:
 def watch(store: SsdStore, *failing: int) -> list[WatchedRing]:
     mover: Any = store._mover
     left = list(failing)  # of all rings together
-    mover._idle = [WatchedRing(ring, left) for ring in mover._idle]
-    return list(mover._idle)
+    watched = [WatchedRing(ring, left) for ring in mover._rings]
+    mover._idle = SimpleQueue()
+    for ring in watched:
+        mover._idle.put(ring)
+    return watched
 
 
 async def test_a_short_write_is_an_error_that_names_its_file(tmp_path: Path) -> None:
@@ -90,6 +95,23 @@ async def test_a_short_read_of_a_ring_is_a_lost_block(tmp_path: Path, uring_entr
         sums = await store.write(range(4), range(4))
         watch(store, 4096)
         assert len(await store.read(range(4), range(4), sums)) == 1
+
+
+@pytest.mark.parametrize("num_entries", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("uring_entries", URING[1:])
+async def test_all_rings_together_have_no_more_in_flight_than_asked_for(
+    tmp_path: Path, num_entries: int, uring_entries: int
+) -> None:
+    assert num_entries < uring_entries
+    options = {"num_slots": 64, "num_host_slots": 128, "uring_entries": num_entries}
+    async with store_on(tmp_path, **options) as (store, pool, _):
+        expected = [fill(pool, i, seed=i) for i in range(64)]
+        sums = await store.write(range(64), range(64))
+        rings = watch(store)
+        reads = [store.read(range(64), range(64, 128), sums) for _ in range(2)]
+        assert await asyncio.gather(*reads, store.write(range(64), range(64))) == [[], [], sums]
+        assert 1 <= sum(ring.most_running for ring in rings) <= num_entries
+        assert [content(pool, 64 + i) for i in range(64)] == expected
 
 
 @pytest.mark.parametrize("uring_entries", URING[1:])

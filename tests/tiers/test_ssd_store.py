@@ -74,7 +74,6 @@ async def test_rotten_and_missing_bytes_are_lost_one_by_one(
             file.write(bytes([last ^ 1]))
             file.truncate(7 * 8192 + 4096)
         assert await store.read(range(8), range(8, 16), sums) == [2, 7]
-        assert store.num_lost == 2
         for i in (0, 1, 3, 4, 5, 6):
             assert content(pool, 8 + i) == expected[i]
 
@@ -179,6 +178,39 @@ async def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> No
             async with store_on(tmp_path):
                 pass
     async with store_on(tmp_path):  # and afterwards it is free
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+async def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ssd_files.fcntl, "flock", refusing)
+        message = rf"ssd_cache_dir {tmp_path} can't be locked \({os.strerror(number)}\)"
+        with pytest.raises(ConfigError, match=message):
+            async with store_on(tmp_path):
+                pass
+    async with store_on(tmp_path):
+        pass
+
+
+async def test_a_disk_without_room_for_the_lock_is_an_error_that_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ssd_files.os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            async with store_on(tmp_path):
+                pass
+    assert caught.value.filename == str(tmp_path)
+    async with store_on(tmp_path):
         pass
 
 
