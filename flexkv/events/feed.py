@@ -70,12 +70,17 @@ class RecoverableFeed:
         self._cursor = source.last_id
         self._wake = asyncio.Event()
         self._stopping = self._giving_up = False
+        self._num_waiting = 0
         self._counts: Counter[str] = Counter()
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was sent, left out and answered so far."""
-        return self._counts | Counter(too_long=self._codec.num_too_long)
+        """What was sent, left out and answered so far; from any thread.
+
+        ``waiting``: blocks that were to be sent when the publisher looked last.
+        """
+        too_long = self._codec.num_too_long
+        return {**self._counts, "too_long": too_long, "waiting": self._num_waiting}
 
     def wake(self) -> None:
         """The log has something new."""
@@ -89,6 +94,8 @@ class RecoverableFeed:
     def on_connect(self, *, again: bool) -> None:
         """The link is there: what happened without it is missing, and a beat shows it."""
         if again:
+            backlog = self._source.backlog(self._cursor)
+            self._counts["left_out"] += self._outbox if backlog is None else backlog
             self._cursor = self._source.last_id
         self._pulse.urge(asyncio.get_running_loop().time())
         self._wake.set()
@@ -160,6 +167,7 @@ class RecoverableFeed:
         source = self._source
         while self._may_send():
             backlog = source.backlog(self._cursor)
+            self._num_waiting = backlog or 0
             if backlog is None or backlog > self._outbox:
                 self._leave_out(backlog)
                 return
@@ -176,6 +184,7 @@ class RecoverableFeed:
     async def _publish(self, batch: Batch) -> bool:
         message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
         if not await self._link.publish(self._subject, message):
+            self._counts["unsent"] += 1
             return False
         self._counts["events"] += len(batch.events)
         self._counts["blocks"] += batch.num_blocks
@@ -189,4 +198,5 @@ class RecoverableFeed:
         self._counts["overflows"] += 1
         self._counts["left_out"] += num_blocks or self._outbox
         self._cursor = self._source.last_id
+        self._num_waiting = 0
         self._pulse.urge(asyncio.get_running_loop().time() + _REST_S)

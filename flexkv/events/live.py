@@ -62,13 +62,16 @@ class LiveFeed:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was sent so far."""
-        return self._counts
+        """What was sent and left out so far; from any thread. ``waiting``: blocks."""
+        return {**self._counts, "waiting": self._outbox.num_blocks}
 
     def wake(self) -> None:
         """The source has news: take them, unless a resync is to come that will tell them."""
         if self._outbox.is_open:
-            if not self._outbox.fill(self._source):
+            num_left_out = self._outbox.fill(self._source)
+            if num_left_out is not None:
+                self._counts["overflows"] += 1
+                self._counts["left_out"] += num_left_out
                 self._plan("overflow", _REST_S)
             self._wake.set()
 
@@ -137,6 +140,7 @@ class LiveFeed:
         for batch in self._codec.batches(events, self._link.max_payload):
             message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
             if self._giving_up or not await self._link.publish(self._subject, message):
+                self._counts["unsent"] += 1
                 self._give_up_news()  # its ids are used up: a gap makes the router forget
                 return False
             self._counts["events"] += len(batch.events)
@@ -188,7 +192,7 @@ class _Outbox:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._events: deque[Event] = deque()
-        self._num_blocks = 0
+        self.num_blocks = 0
         self._last_id = 0
         self.is_open = False
 
@@ -201,19 +205,21 @@ class _Outbox:
     def close(self) -> None:
         """Empty it, and take nothing more."""
         self._events.clear()
-        self._num_blocks = 0
+        self.num_blocks = 0
         self.is_open = False
 
-    def fill(self, source: EventSource) -> bool:
-        """Take what is new; False, and closed, where that is too much."""
+    def fill(self, source: EventSource) -> int | None:
+        """Take what is new. Where that is too much: closed, and how much it was."""
         entries = source.since(self._last_id)
         for entry in entries or ():
             self._events.append(entry.event)
-            self._num_blocks += _weight(entry.event)
+            self.num_blocks += _weight(entry.event)
         self._last_id = source.last_id
-        if entries is None or self._num_blocks > self._limit:
+        num_blocks = self.num_blocks
+        if entries is None or num_blocks > self._limit:
             self.close()
-        return self.is_open
+            return max(num_blocks, self._limit)
+        return None
 
     def drain(self) -> Iterator[Event]:
         """Take out what is in it now, one by one."""
@@ -221,7 +227,7 @@ class _Outbox:
             if not self._events:  # closed meanwhile
                 return
             event = self._events.popleft()
-            self._num_blocks -= _weight(event)
+            self.num_blocks -= _weight(event)
             yield event
 
 

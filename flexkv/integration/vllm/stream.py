@@ -16,7 +16,7 @@ from flexkv.integration.vllm.net_changes import NetChanges, Stored
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from flexkv.blocks import Blocks
     from flexkv.events.log import EventSource
@@ -43,6 +43,7 @@ class StreamSink:
         self._source: EventSource | None = None
         self._last_id = 0
         self._num_wanted = self._num_walked = 0  # walks through all that is resident
+        self._num_told = 0
         self._next_sign_s = 0.0
         self._anew: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
@@ -93,11 +94,16 @@ class StreamSink:
         """Blocks whose change has not been taken; from any thread."""
         return len(self._changes)
 
+    def counts(self) -> Mapping[str, int]:
+        """Blocks that were told, and that wait to be; from any thread."""
+        return {"blocks": self._num_told, "waiting": self.num_waiting}
+
     def take(self) -> Iterator[Any]:
         """Events of vLLM's kind, for the step that ends now; from the scheduler's thread."""
         with self._lock:
             changes = self._changes.take(MAX_BLOCKS)
         for change in changes:
+            self._num_told += len(change.blocks if isinstance(change, Stored) else change.keys)
             yield _stored(change) if isinstance(change, Stored) else _removed(*change)
         now_s = time.monotonic()
         if now_s >= self._next_sign_s:
