@@ -94,7 +94,10 @@ class EventsConfig(Settings):
         allowed="addresses, networks (10.0.0.0/8) and host names, in a text or a list",
     )
     recovery_connections: int = setting(
-        "routers that may be connected at once", default=64, ge=1, le=65536
+        "routers that may be connected at once; one more takes the place of the longest idle",
+        default=64,
+        ge=1,
+        le=65536,
     )
     heartbeat_s: float = setting(
         "silence after which routers are shown that nothing was missed", default=1.0, gt=0, le=60
