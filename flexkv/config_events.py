@@ -112,6 +112,12 @@ class EventsConfig(Settings):
         "blocks named by the events that are kept for catching up", default=262144, ge=1, le=2**32
     )
     max_event_blocks: int = setting("blocks that one event may name", default=512, ge=1, le=65536)
+    step_blocks: int = setting(
+        "where the sink is `vllm`: blocks that the events of one of its steps may name",
+        default=512,
+        ge=1,
+        le=65536,
+    )
     reconnect_resync_s: float = setting(
         "where routers can't ask: from a reconnect until all is told again; a router's client "
         "takes up to 4 s",
