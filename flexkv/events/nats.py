@@ -14,7 +14,7 @@ from flexkv.errors import EngineClosedError, FeedError
 from flexkv.events.audit import audit_subject, chunks
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard, recovery_path
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
-from flexkv.events.etcd import Etcd, EtcdCard, EtcdRecord
+from flexkv.events.etcd import EtcdCard, EtcdRecord, etcd_of
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.live import LiveFeed
 from flexkv.events.nats_link import NatsLink
@@ -66,7 +66,7 @@ class NatsSink:
         self._worker = _worker(settings)
         self._publisher_id = secrets.randbelow(MAX_ID) + 1
         self._folder = discovery_folder(settings)
-        self._etcd = _etcd(settings) if settings.discovery == "etcd" else None
+        self._etcd = etcd_of(settings) if settings.discovery == "etcd" else None
         self._card = (
             WorkerCard(self._folder, self._worker)
             if self._etcd is None
@@ -261,10 +261,6 @@ def _worker(settings: EventsConfig) -> WorkerRank:
         worker_id=settings.worker_id,
         dp_rank=settings.dp_rank,
     )
-
-
-def _etcd(settings: EventsConfig) -> Etcd:
-    return Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
 
 
 def discovery_folder(settings: EventsConfig) -> Path:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexkv.errors import FeedError
 from flexkv.events.dynamo import TIERS
+from flexkv.events.etcd import etcd_of, source_records
+from flexkv.events.nats import discovery_folder
 from flexkv.events.nats_audit import auditor
 from flexkv.events.ownership import OWNER, live_records
 from flexkv.replay.deployment import Router
 from flexkv.replay.scores import Misjudged, misjudged
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from flexkv.config import EventsConfig
     from flexkv.events.audit import Audit, Held
@@ -68,21 +70,21 @@ class Comparison:
 async def verify(
     settings: EventsConfig, tokens_per_block: int, *, settle_timeout_s: float = 5.0
 ) -> list[Comparison]:
-    """Compare each flexkv source of the discovery folder with a real router that hears of it.
+    """Compare each flexkv source that discovery has with a real router that hears of it.
 
     Raises:
         FeedError: no source is registered, or an engine or NATS does not answer.
     """
-    folder = Path(settings.discovery_path or "")
-    sources = registered(folder, settings)
+    where = discovery_of(settings)
+    sources = await asyncio.to_thread(_registered, where, settings)
     if not sources:
         raise FeedError(
             f"no flexkv source of {settings.namespace}.{settings.component}.{settings.endpoint} is "
-            f"registered in {folder}: name another folder, namespace, component or endpoint"
+            f"registered in {where}: name another folder or etcd, namespace, component or endpoint"
         )
     endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
     url = ",".join(settings.nats_servers)
-    router = Router(url, folder, tokens_per_block=tokens_per_block, endpoint=endpoint)
+    router = Router(url, where, tokens_per_block=tokens_per_block, endpoint=endpoint)
     async with router, auditor(settings) as asking:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
@@ -105,15 +107,32 @@ async def verify(
             await asyncio.sleep(_POLL_S)
 
 
+def discovery_of(settings: EventsConfig) -> Path | str:
+    """A folder, or the URLs of an etcd."""
+    if settings.discovery == "etcd":
+        return ",".join(settings.etcd_endpoints)
+    return discovery_folder(settings)
+
+
+def _registered(where: Path | str, settings: EventsConfig) -> list[Source]:
+    if isinstance(where, Path):
+        return registered(where, settings)
+    return _sources_of(source_records(etcd_of(settings)), settings)
+
+
 def registered(folder: Path, settings: EventsConfig) -> list[Source]:
     """The flexkv sources of an endpoint that are alive."""
+    return _sources_of(live_records(folder / "v1" / "event_sources"), settings)
+
+
+def _sources_of(records: Iterable[tuple[str, Any]], settings: EventsConfig) -> list[Source]:
     where = {
         "namespace": settings.namespace,
         "component": settings.component,
         "name": settings.endpoint,
     }
     found: set[Source] = set()
-    for _, record in live_records(folder / "v1" / "event_sources"):
+    for _, record in records:
         with contextlib.suppress(
             LookupError, TypeError, ValueError, OverflowError
         ):  # not a source's

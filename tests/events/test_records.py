@@ -15,7 +15,8 @@ from flexkv.config import EventsConfig
 from flexkv.events import ownership
 from flexkv.events.discovery import FileRecord
 from flexkv.events.dynamo import WorkerRank
-from flexkv.replay.verify import registered
+from flexkv.events.nats import NatsSink
+from flexkv.replay.verify import discovery_of, registered
 
 EVENTS = EventsConfig()
 WORKER = WorkerRank(
@@ -76,3 +77,13 @@ def test_what_is_no_regular_file_or_too_long_is_passed_over_at_once(tmp_path: Pa
     (folder / "padded").write_bytes(record._content.encode() + rest)
     names = {Path(name).name for name, _ in ownership.live_records(folder)}
     assert names == {record.path.name, "padded"}
+
+
+def test_who_verifies_looks_where_the_engine_registers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert discovery_of(EVENTS) == NatsSink(EventsConfig(worker_id=7))._folder
+    assert str(tmp_path) in str(discovery_of(EVENTS))
+    in_etcd = EventsConfig(discovery="etcd", etcd_endpoints=("http://a:1", "http://b:1"))
+    assert discovery_of(in_etcd) == "http://a:1,http://b:1"
