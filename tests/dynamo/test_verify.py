@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from flexkv.errors import FeedError
 from flexkv.events.audit import Collector, chunks
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.types import BlockStored
-from flexkv.replay.deployment import Overlap
+from flexkv.replay.deployment import FakeWorker, NatsServer, Overlap
 from flexkv.replay.verify import sentences, verify
 from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flexkv.events.log import EventLog
-    from flexkv.replay.deployment import FakeWorker, NatsServer
 
 
 def filled() -> Shelf:
@@ -50,6 +50,26 @@ async def test_a_router_that_believes_the_truth_agrees(
         assert line.startswith(
             f"worker {worker.worker_id}, rank 0: router == residency (200 blocks"
         )
+
+
+async def test_tenants_adapters_and_other_ranks_are_asked_for_as_such(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    size = TOKENS_PER_BLOCK
+    async with (
+        FakeWorker(nats_server.url, tmp_path, tokens_per_block=size, num_ranks=2) as worker,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for rank in range(2):
+            shelf = filled()
+            shelf.store(chain(3, namespace="tenant", lora="adapter"))
+            shelf.store(chain(3, namespace="tenant"), Tier.SSD)
+            shelf.store(chain(3, lora="adapter"))
+            config = settings(nats_server.url, tmp_path, worker.worker_id, dp_rank=rank)
+            await stack.enter_async_context(feeding(shelf, config))
+        comparisons = await verify(config, size)
+        assert [(found.dp_rank, found.num_asked) for found in comparisons] == [(0, 43), (1, 43)]
+        assert all(found.agrees for found in comparisons), sentences(comparisons)
 
 
 class Liar:
