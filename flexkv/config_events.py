@@ -94,7 +94,10 @@ class EventsConfig(Settings):
         allowed="addresses, networks (10.0.0.0/8) and host names, in a text or a list",
     )
     recovery_connections: int = setting(
-        "routers that may be connected at once", default=64, ge=1, le=65536
+        "routers that may be connected at once; one more takes the place of the longest idle",
+        default=64,
+        ge=1,
+        le=65536,
     )
     heartbeat_s: float = setting(
         "silence after which routers are shown that nothing was missed", default=1.0, gt=0, le=60
@@ -109,6 +112,12 @@ class EventsConfig(Settings):
         "blocks named by the events that are kept for catching up", default=262144, ge=1, le=2**32
     )
     max_event_blocks: int = setting("blocks that one event may name", default=512, ge=1, le=65536)
+    step_blocks: int = setting(
+        "where the sink is `vllm`: blocks that the events of one of its steps may name",
+        default=512,
+        ge=1,
+        le=65536,
+    )
     reconnect_resync_s: float = setting(
         "where routers can't ask: from a reconnect until all is told again; a router's client "
         "takes up to 4 s",

@@ -21,6 +21,7 @@ from flexkv.engine.transfers import Transfers
 from flexkv.errors import EngineClosedError, InputError, LayoutError
 from flexkv.events.configured import sinks_of
 from flexkv.events.log import EventLog
+from flexkv.events.sinks import counts_of
 from flexkv.tiers.gpu import make_copier
 from flexkv.tiers.host import HostPool, slot_stride
 from flexkv.tiers.memory import require_memory
@@ -164,11 +165,7 @@ class Engine:
             self._host.forget()
 
     def attach(
-        self,
-        kv_caches: Mapping[str, torch.Tensor],
-        *,
-        rank: int = 0,
-        block_axis: int | None = None,
+        self, kv_caches: Mapping[str, torch.Tensor], *, rank: int = 0, block_axis: int | None = None
     ) -> None:
         """Load into and store from these paged caches: one tensor for each layer name.
 
@@ -363,6 +360,7 @@ class Engine:
             nbytes_stored=host.num_stored * self._block_nbytes,
             lanes={**self._transfers.lanes, **self._below.lanes} if self._open else {},
             last_event_id=self._events.last_id,
+            feed=counts_of(self._sinks),
         )
 
     def _emit(self, events: Sequence[Event]) -> None:

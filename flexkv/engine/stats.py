@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
@@ -48,6 +48,8 @@ class EngineStats:
     lanes: Mapping[str, int]
     """Bytes in flight, by direction."""
     last_event_id: int
+    feed: Mapping[str, int] = field(default_factory=dict)
+    """What the sinks count, added up: see ``CountingSink``."""
 
     @property
     def hit_rate(self) -> float:
@@ -62,7 +64,7 @@ class EngineStats:
             f"loaded {self.num_loaded} blocks ({self.nbytes_loaded / 2**20:.1f} MiB), "
             f"stored {self.num_stored} blocks ({self.nbytes_stored / 2**20:.1f} MiB), "
             f"evicted {evicted}, dropped {self.num_store_dropped}, failed {self.num_load_failed}"
-            f"{self._of_ssd()}"
+            f"{self._of_ssd()}{self._of_feed()}"
         )
 
     def _of_ssd(self) -> str:
@@ -75,3 +77,15 @@ class EngineStats:
             f"; SSD {ssd.num_resident} of {ssd.num_slots} blocks, loaded {ssd.num_loaded}, "
             f"stored {ssd.num_stored}, unwritten {ssd.num_unwritten}, rotten {ssd.num_rotten}"
         )
+
+    def _of_feed(self) -> str:
+        feed = self.feed
+        if not feed:
+            return ""
+        told = [f"{feed.get('blocks', 0)} blocks told", f"{feed.get('waiting', 0)} waiting"]
+        if "connected" in feed:
+            told.append(f"{feed.get('left_out', 0)} left out")
+            told.append(f"{feed.get('reconnects', 0)} reconnects")
+            if not feed["connected"]:
+                told.append("NOT CONNECTED")
+        return f"; feed {', '.join(told)}"

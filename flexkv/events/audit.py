@@ -8,6 +8,8 @@ import msgspec
 import numpy as np
 
 from flexkv.events.dynamo import TIERS
+from flexkv.events.sample import SampledChain, Sampler
+from flexkv.events.types import BlockStored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ def audit_subject(namespace: str, worker_id: int, dp_rank: int) -> str:
 class Chunk(msgspec.Struct):
     """``hashes`` are resident in ``tier``; ``number`` counts from 0, the ``last`` has none.
 
-    ``refused``, in the last: addresses of routers that got no answer.
+    ``chain``: one of the sample. ``refused``, in the last: addresses of routers that got no answer.
     """
 
     number: int
@@ -41,18 +43,21 @@ class Chunk(msgspec.Struct):
     tier: str = ""
     hashes: bytes = b""
     refused: list[str] = []
+    chain: SampledChain | None = None
 
 
 class Audit(NamedTuple):
     """A whole answer: what was resident while it was made, and the digests at its end.
 
-    ``refused``: addresses at which routers wanted recovery answers, and got none.
+    ``refused``: addresses at which routers wanted recovery answers, and got none. ``sample``: some
+    of the chains, of each tier.
     """
 
     last_event_id: int
     digests: Mapping[str, str]
     held: Held
     refused: Sequence[str] = ()
+    sample: Sequence[SampledChain] = ()
 
 
 class AuditError(ValueError):
@@ -62,19 +67,31 @@ class AuditError(ValueError):
 def chunks(
     source: EventSource, digests: Mapping[Tier, TierDigest], refused: Sequence[str] = ()
 ) -> Iterator[bytes]:
-    """The messages of one answer, a run at a time: b"" means that there is more to do."""
+    """The messages of one answer, a run at a time: b"" means that there is more to do.
+
+    They name what a router can know of: see ``plain``.
+    """
     last_id, resident = source.dump()
     named = {TIERS[tier]: str(digest) for tier, digest in digests.items()}
     number, tier, hashes = 0, "", bytearray()
+    sampler = Sampler()
     for event in resident:
-        if hashes and (tier != TIERS[event.tier] or len(hashes) >= MAX_CHUNK_NBYTES):
+        told = BlockStored(event.blocks[: event.blocks.num_plain], event.tier)
+        if not len(told.blocks):
+            yield b""
+            continue
+        if hashes and (tier != TIERS[told.tier] or len(hashes) >= MAX_CHUNK_NBYTES):
             yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
             number, hashes = number + 1, bytearray()
-        tier = TIERS[event.tier]
-        hashes += np.array(event.blocks.router_hashes(), _HASH).tobytes()
+        tier = TIERS[told.tier]
+        hashes += np.array(told.blocks.router_hashes(), _HASH).tobytes()
+        sampler.follow(told)
         yield b""
     if hashes:
         yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
+        number += 1
+    for chain in sampler.chains(MAX_CHUNK_NBYTES):
+        yield _encode(Chunk(number, False, last_id, {}, chain=chain))  # noqa: FBT003
         number += 1
     yield _encode(Chunk(number, True, last_id, named, refused=list(refused)))  # noqa: FBT003
 
@@ -85,6 +102,7 @@ class Collector:
     def __init__(self) -> None:
         self._number = 0
         self._held: Held = {tier: set() for tier in TIERS.values()}
+        self._sample: list[SampledChain] = []
 
     def take(self, message: bytes) -> Audit | None:
         """The whole, once the last message is there.
@@ -95,6 +113,9 @@ class Collector:
         try:
             chunk = _decoder.decode(message)
             hashes = np.frombuffer(chunk.hashes, _HASH).tolist()
+            if chunk.chain is not None:
+                _check(chunk.chain)
+                self._sample.append(chunk.chain)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise AuditError(f"not a chunk: {error}") from None
         if chunk.number != self._number or (hashes and chunk.tier not in self._held):
@@ -104,7 +125,13 @@ class Collector:
             self._held[chunk.tier].update(hashes)
         if not chunk.last:
             return None
-        return Audit(chunk.last_event_id, chunk.digests, self._held, chunk.refused)
+        return Audit(chunk.last_event_id, chunk.digests, self._held, chunk.refused, self._sample)
+
+
+def _check(chain: SampledChain) -> None:
+    num_blocks, num_tokens = len(chain.router_hashes()), len(chain.tokens())
+    if not num_blocks or not num_tokens or num_tokens % num_blocks:
+        raise ValueError(f"a chain of {num_blocks} blocks and {num_tokens} tokens")
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -21,6 +21,7 @@ from flexkv.events.discovery import source_key, source_record
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from flexkv.config import EventsConfig
     from flexkv.events.dynamo import WorkerRank
 
 _SOURCES = "v1/event_sources/"
@@ -176,6 +177,20 @@ def _whole(answer: http.client.HTTPResponse) -> bytes:
     return b"".join(pieces)
 
 
+def etcd_of(settings: EventsConfig) -> Etcd:
+    """The one that the settings name."""
+    return Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
+
+
+def source_records(etcd: Etcd) -> Iterator[tuple[str, Any]]:
+    """The records of all event sources, by key; in the thread of the caller.
+
+    Raises:
+        FeedError: etcd does not answer.
+    """
+    return etcd.under(_SOURCES)
+
+
 class EtcdCard:
     """A worker's model card: before it is there, routers ignore the worker and its events."""
 
@@ -241,7 +256,7 @@ class EtcdRecord:
             raise
 
     def _remove_the_dead(self) -> None:
-        records = self._etcd.under(_SOURCES)
+        records = source_records(self._etcd)
         for key, record in ownership.rivals(records, self._worker, self._publisher_id):
             owner = record["metadata"].get(ownership.OWNER)
             if not isinstance(owner, dict) or not ownership.is_gone(owner):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from flexkv.events.answers import Answers
+from flexkv.events.publisher import Publisher
 from flexkv.events.pulse import Pulse
 
 if TYPE_CHECKING:
@@ -17,35 +16,14 @@ if TYPE_CHECKING:
     from flexkv.config import EventsConfig
     from flexkv.events.dynamo import Batch, DynamoCodec, WorkerRank
     from flexkv.events.log import EventSource
+    from flexkv.events.publisher import Link
     from flexkv.events.reqplane import Parts, Query
 
 _FEW = 256  # entries that are looked at in one step
 _REST_S = 0.1  # after dropped news: the burst that caused it should pass first
 
 
-class Link(Protocol):
-    """A way to publish, as long as it is connected."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether ``publish`` may succeed."""
-        ...
-
-    @property
-    def max_payload(self) -> int:
-        """The longest message that it takes."""
-        ...
-
-    async def publish(self, to: str, message: bytes) -> bool:
-        """Hand over one message; False if it is lost."""
-        ...
-
-    async def flush(self) -> bool:
-        """Wait until the other side keeps up; False if it does not in time."""
-        ...
-
-
-class RecoverableFeed:
+class RecoverableFeed(Publisher):
     """Publishes what is new, beats when nothing is, and answers who has missed something.
 
     The log itself is the outbox: a cursor goes through it. What can't be sent is left out, and the
@@ -60,22 +38,21 @@ class RecoverableFeed:
         source: EventSource,
         link: Link,
     ) -> None:
+        super().__init__(worker, codec, source, link)
         self._outbox = settings.outbox
-        self._subject = worker.subject
-        self._codec = codec
-        self._source = source
-        self._link = link
         self._answers = Answers(source, codec, worker)
         self._pulse = Pulse(settings.heartbeat_s)
         self._cursor = source.last_id
-        self._wake = asyncio.Event()
-        self._stopping = self._giving_up = False
-        self._counts: Counter[str] = Counter()
+        self._num_waiting = 0
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was sent, left out and answered so far."""
-        return self._counts | Counter(too_long=self._codec.num_too_long)
+        """What was sent, left out and answered so far; from any thread.
+
+        ``waiting``: blocks that were to be sent when the publisher looked last.
+        """
+        too_long = self._codec.num_too_long
+        return {**self._counts, "too_long": too_long, "waiting": self._num_waiting}
 
     def wake(self) -> None:
         """The log has something new."""
@@ -89,33 +66,14 @@ class RecoverableFeed:
     def on_connect(self, *, again: bool) -> None:
         """The link is there: what happened without it is missing, and a beat shows it."""
         if again:
+            backlog = self._source.backlog(self._cursor)
+            self._counts["left_out"] += self._outbox if backlog is None else backlog
             self._cursor = self._source.last_id
         self._pulse.urge(asyncio.get_running_loop().time())
         self._wake.set()
 
     def on_loss(self) -> None:
         """The link is gone: nothing is sent until it is back."""
-
-    def stop(self) -> None:
-        """Let ``run`` end once everything is sent."""
-        self._stopping = True
-        self._wake.set()
-
-    def give_up(self) -> None:
-        """Let it end at once."""
-        self._giving_up = True
-
-    async def run(self) -> None:
-        """Send what is due until ``stop``."""
-        while not self._stopping:
-            self._wake.clear()
-            due_s = await self._step() if self._link.connected else None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
-                    await self._wake.wait()
-        if self._link.connected:
-            await self._send_news()
-            await self._link.flush()
 
     @contextlib.asynccontextmanager
     async def answering(self, query: Query) -> AsyncIterator[Parts]:
@@ -135,7 +93,6 @@ class RecoverableFeed:
             self._wake.set()
 
     async def _step(self) -> float:
-        """Send what may be sent now. Returns when to look again."""
         loop, pulse = asyncio.get_running_loop(), self._pulse
         await self._send_news()
         if held_until_s := pulse.held_until(loop.time()):
@@ -151,6 +108,9 @@ class RecoverableFeed:
             await self._send_news()
         return pulse.held_until(loop.time()) or pulse.next_due()
 
+    async def _send_rest(self) -> None:
+        await self._send_news()
+
     def _may_send(self) -> bool:
         if self._giving_up or not self._link.connected:
             return False
@@ -160,6 +120,7 @@ class RecoverableFeed:
         source = self._source
         while self._may_send():
             backlog = source.backlog(self._cursor)
+            self._num_waiting = backlog or 0
             if backlog is None or backlog > self._outbox:
                 self._leave_out(backlog)
                 return
@@ -174,13 +135,8 @@ class RecoverableFeed:
             self._cursor = max(self._cursor, entries[-1].event_id)
 
     async def _publish(self, batch: Batch) -> bool:
-        message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
-        if not await self._link.publish(self._subject, message):
+        if not await super()._publish(batch):
             return False
-        self._counts["events"] += len(batch.events)
-        self._counts["blocks"] += batch.num_blocks
-        self._counts["messages"] += 1
-        self._counts["nbytes"] += len(message)
         self._pulse.sent(asyncio.get_running_loop().time())
         return True
 
@@ -189,4 +145,5 @@ class RecoverableFeed:
         self._counts["overflows"] += 1
         self._counts["left_out"] += num_blocks or self._outbox
         self._cursor = self._source.last_id
+        self._num_waiting = 0
         self._pulse.urge(asyncio.get_running_loop().time() + _REST_S)

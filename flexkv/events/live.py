@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections import Counter, deque
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from flexkv.events.publisher import Publisher
 from flexkv.events.types import AllBlocksCleared, num_named
 
 if TYPE_CHECKING:
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
     from flexkv.config import EventsConfig
     from flexkv.events.dynamo import DynamoCodec, WorkerRank
-    from flexkv.events.feed import Link
     from flexkv.events.log import EventSource
+    from flexkv.events.publisher import Link
     from flexkv.events.types import Event
 
 SETTLE_S = 1.0
@@ -30,7 +29,7 @@ where the first event of 5 starts in 15 was missed. Nothing sent later was.
 _REST_S = 0.5  # after an overflow: the burst that caused it should pass first
 
 
-class LiveFeed:
+class LiveFeed(Publisher):
     """An event source that routers can rely on while they are up.
 
     A router hears what is published while it listens. So everything resident is told again
@@ -48,27 +47,24 @@ class LiveFeed:
         source: EventSource,
         link: Link,
     ) -> None:
+        super().__init__(worker, codec, source, link)
         self._settings = settings
-        self._subject = worker.subject
-        self._codec = codec
-        self._source = source
-        self._link = link
         self._resyncs = _Resyncs()
-        self._wake = asyncio.Event()
         self._outbox = _Outbox(settings.outbox)
-        self._stopping = self._giving_up = False
-        self._counts: Counter[str] = Counter()
         self.num_resyncs: Counter[str] = Counter()
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was sent so far."""
-        return self._counts
+        """What was sent and left out so far; from any thread. ``waiting``: blocks."""
+        return {**self._counts, "waiting": self._outbox.num_blocks}
 
     def wake(self) -> None:
         """The source has news: take them, unless a resync is to come that will tell them."""
         if self._outbox.is_open:
-            if not self._outbox.fill(self._source):
+            num_left_out = self._outbox.fill(self._source)
+            if num_left_out is not None:
+                self._counts["overflows"] += 1
+                self._counts["left_out"] += num_left_out
                 self._plan("overflow", _REST_S)
             self._wake.set()
 
@@ -88,36 +84,17 @@ class LiveFeed:
         """Take no news, up to the next resync: nobody would hear them."""
         self._outbox.close()
 
-    def stop(self) -> None:
-        """Let ``run`` end once everything is sent."""
-        self._stopping = True
-        self._wake.set()
-
-    def give_up(self) -> None:
-        """Let it end at once."""
-        self._giving_up = True
-
-    async def run(self) -> None:
-        """Send news and resyncs as they come due; return once stopped, with nothing left."""
-        loop = asyncio.get_running_loop()
-        while not self._stopping:
-            self._wake.clear()
-            if self._link.connected:
-                await self._send_due(loop.time())
-            due = self._resyncs.next_due() if self._link.connected else None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due):
-                    await self._wake.wait()
-        if self._link.connected:
-            await self._send(self._outbox.drain())
-            await self._link.flush()
-
-    async def _send_due(self, now_s: float) -> None:
-        reason = self._resyncs.take(now_s)
+    async def _step(self) -> float | None:
+        """Send news, or everything where that is due."""
+        reason = self._resyncs.take(asyncio.get_running_loop().time())
         if reason is None:
             await self._send(self._outbox.drain())
         elif await self._send_everything(clear=reason != "settle"):
             self.num_resyncs[reason] += 1
+        return self._resyncs.next_due()
+
+    async def _send_rest(self) -> None:
+        await self._send(self._outbox.drain())
 
     async def _send_everything(self, *, clear: bool) -> bool:
         """What is resident. News of the time meanwhile come after it, and are idempotent."""
@@ -135,14 +112,9 @@ class LiveFeed:
     async def _send(self, events: Iterable[Event]) -> bool:
         """Publish ``events`` in pieces that leave the loop free; False where the link is lost."""
         for batch in self._codec.batches(events, self._link.max_payload):
-            message = self._codec.message(batch.events, time.time_ns() // 1_000_000)
-            if self._giving_up or not await self._link.publish(self._subject, message):
+            if self._giving_up or not await self._publish(batch):
                 self._give_up_news()  # its ids are used up: a gap makes the router forget
                 return False
-            self._counts["events"] += len(batch.events)
-            self._counts["blocks"] += batch.num_blocks
-            self._counts["messages"] += 1
-            self._counts["nbytes"] += len(message)
             await asyncio.sleep(0)
         return True
 
@@ -188,7 +160,7 @@ class _Outbox:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._events: deque[Event] = deque()
-        self._num_blocks = 0
+        self.num_blocks = 0
         self._last_id = 0
         self.is_open = False
 
@@ -201,19 +173,21 @@ class _Outbox:
     def close(self) -> None:
         """Empty it, and take nothing more."""
         self._events.clear()
-        self._num_blocks = 0
+        self.num_blocks = 0
         self.is_open = False
 
-    def fill(self, source: EventSource) -> bool:
-        """Take what is new; False, and closed, where that is too much."""
+    def fill(self, source: EventSource) -> int | None:
+        """Take what is new. Where that is too much: closed, and how much it was."""
         entries = source.since(self._last_id)
         for entry in entries or ():
             self._events.append(entry.event)
-            self._num_blocks += _weight(entry.event)
+            self.num_blocks += _weight(entry.event)
         self._last_id = source.last_id
-        if entries is None or self._num_blocks > self._limit:
+        num_blocks = self.num_blocks
+        if entries is None or num_blocks > self._limit:
             self.close()
-        return self.is_open
+            return max(num_blocks, self._limit)
+        return None
 
     def drain(self) -> Iterator[Event]:
         """Take out what is in it now, one by one."""
@@ -221,7 +195,7 @@ class _Outbox:
             if not self._events:  # closed meanwhile
                 return
             event = self._events.popleft()
-            self._num_blocks -= _weight(event)
+            self.num_blocks -= _weight(event)
             yield event
 
 

@@ -14,7 +14,7 @@ from flexkv.errors import EngineClosedError, FeedError
 from flexkv.events.audit import audit_subject, chunks
 from flexkv.events.discovery import REFRESH_S, FileRecord, WorkerCard, recovery_path
 from flexkv.events.dynamo import MAX_ID, DynamoCodec, WorkerRank
-from flexkv.events.etcd import Etcd, EtcdCard, EtcdRecord
+from flexkv.events.etcd import EtcdCard, EtcdRecord, etcd_of
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.live import LiveFeed
 from flexkv.events.nats_link import NatsLink
@@ -36,8 +36,9 @@ _log = logging.getLogger(__name__)
 class NatsStats:
     """What a sink has done so far.
 
-    ``counts``: beats, kicks, gaps and dumps answered, overflows, and what the recovery server
-    counts. ``resyncs``: how often everything was told again, by reason, where routers can't ask.
+    ``counts``: beats, kicks, gaps and dumps answered, overflows, blocks ``left_out`` and
+    ``waiting``, ``unsent`` messages, ``reconnects``, and what the recovery server counts.
+    ``resyncs``: how often everything was told again, by reason, where routers can't ask.
     """
 
     connected: bool
@@ -65,7 +66,7 @@ class NatsSink:
         self._worker = _worker(settings)
         self._publisher_id = secrets.randbelow(MAX_ID) + 1
         self._folder = discovery_folder(settings)
-        self._etcd = _etcd(settings) if settings.discovery == "etcd" else None
+        self._etcd = etcd_of(settings) if settings.discovery == "etcd" else None
         self._card = (
             WorkerCard(self._folder, self._worker)
             if self._etcd is None
@@ -78,6 +79,7 @@ class NatsSink:
         self._link: NatsLink | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._num_reconnects = 0
 
     async def start(self, source: EventSource, tasks: asyncio.TaskGroup) -> None:
         """Register, connect, and tell everything resident; ``tasks`` owns what goes on.
@@ -144,9 +146,19 @@ class NatsSink:
             num_blocks=counts.get("blocks", 0),
             num_messages=counts.get("messages", 0),
             nbytes=counts.get("nbytes", 0),
-            counts={**counts, **self._recovery.counts},
+            counts=self.counts(),
             resyncs=dict(feed.num_resyncs) if isinstance(feed, LiveFeed) else {},
         )
+
+    def counts(self) -> Mapping[str, int]:
+        """As in ``stats``; from any thread."""
+        feed, link = self._feed, self._link
+        return {
+            **(feed.counts if feed is not None else {}),
+            **self._recovery.counts,
+            "connected": int(link is not None and link.connected),
+            "reconnects": self._num_reconnects,
+        }
 
     async def close(self) -> None:
         """Send what is left, within ``close_timeout_s``; then routers forget the source."""
@@ -230,6 +242,7 @@ class NatsSink:
             self._feed.resync(reason)
 
     def _on_connect(self, *, again: bool) -> None:
+        self._num_reconnects += again
         if self._feed is not None:
             self._feed.on_connect(again=again)
 
@@ -248,10 +261,6 @@ def _worker(settings: EventsConfig) -> WorkerRank:
         worker_id=settings.worker_id,
         dp_rank=settings.dp_rank,
     )
-
-
-def _etcd(settings: EventsConfig) -> Etcd:
-    return Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
 
 
 def discovery_folder(settings: EventsConfig) -> Path:

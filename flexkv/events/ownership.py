@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from flexkv.events.dynamo import WorkerRank
 
 OWNER = "flexkv_owner"
+MAX_RECORD_NBYTES = 64 * 1024
+"""A record is about a thousand bytes: whatever is longer is none."""
+
 EXPIRED_S = 12.0
 """A record that was not touched for 10 s is dead for every router; the rest is for slow clocks."""
 
@@ -79,6 +83,20 @@ def live_records(folder: Path) -> Iterator[tuple[str, Any]]:
         return
     oldest_s = time.time() - EXPIRED_S
     for path in paths:
+        if path.name.startswith("."):
+            continue
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if path.stat().st_mtime >= oldest_s and not path.name.startswith("."):
-                yield str(path), json.loads(path.read_bytes())
+            content = _content(path, oldest_s)
+            if content is not None:
+                yield str(path), json.loads(content)
+
+
+def _content(path: Path, oldest_s: float) -> bytes | None:
+    """Of a regular file that is not too large and not older; never waits for a pipe's writer."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "rb") as file:  # noqa: PTH123  # it is open already
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_mtime < oldest_s:
+            return None
+        content = file.read(MAX_RECORD_NBYTES + 1)
+    return content if len(content) <= MAX_RECORD_NBYTES else None

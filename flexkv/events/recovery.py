@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections import Counter
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,6 +30,7 @@ _ANSWER_S = 30.0  # after which a router asks again
 _GOODBYE_S = 2.0
 _MAX_ANSWERS = 64  # at once
 _SLAB_NBYTES = 256 * 1024
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, and a number
 _WILDCARDS = {"0.0.0.0", "::", "[::]"}  # noqa: S104  # they are what is refused
 _LOST = (OSError, EOFError, TimeoutError)
 
@@ -40,8 +42,9 @@ class RecoveryServer:
 
     The answer goes over a new connection to where the request says: to this machine, or to what
     ``recovery_callback_hosts`` names. For any other place the request is not accepted, so that the
-    router goes on without an answer. What is not understood ends its connection.
-    ``counts``: queries, answers, lost answers, refused and malformed requests.
+    router goes on without an answer. What is not understood ends its connection. A router keeps
+    its connection open between queries: where there are too many, the longest idle one is closed.
+    ``counts``: queries, answers, lost answers, refused and malformed requests, evicted connections.
     """
 
     def __init__(self, settings: EventsConfig) -> None:
@@ -53,7 +56,9 @@ class RecoveryServer:
         self._server: asyncio.Server | None = None
         self._tasks: asyncio.TaskGroup
         self._running: set[asyncio.Task[None]] = set()
-        self._num_connections = self._num_answers = 0
+        self._num_answers = 0
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._idle: dict[asyncio.StreamWriter, None] = {}  # the longest idle first
         self._refused: set[str] = set()
         self._counts: Counter[str] = Counter()
 
@@ -122,12 +127,26 @@ class RecoveryServer:
         await server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._num_connections >= self._max_connections or self._server is None:
+        if self._server is None or not self._has_room():
             self._counts["refused"] += 1
             writer.close()
         else:
-            self._num_connections += 1
+            self._connections.add(writer)
+            _keep_alive(writer)
             self._own(self._requests(reader, writer))
+
+    def _has_room(self) -> bool:
+        """Whether one more may connect, now that an idle one has made way if need be."""
+        if len(self._connections) < self._max_connections:
+            return True
+        longest_idle = next(iter(self._idle), None)
+        if longest_idle is None:
+            return False
+        del self._idle[longest_idle]
+        self._connections.discard(longest_idle)
+        self._counts["evicted"] += 1
+        longest_idle.transport.abort()
+        return True
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks.create_task(work)
@@ -138,7 +157,12 @@ class RecoveryServer:
         """One connection of a router: many requests, one after another."""
         try:
             while True:
-                path, request = await _request(reader)
+                self._idle[writer] = None
+                try:
+                    start = await reader.readexactly(2)  # however long it takes to come
+                finally:
+                    self._idle.pop(writer, None)
+                path, request = await _request(reader, start)
                 if not self._accepts(request):
                     return
                 writer.write(reqplane.ACCEPTED)
@@ -151,7 +175,7 @@ class RecoveryServer:
         except _LOST:
             pass
         finally:
-            self._num_connections -= 1
+            self._connections.discard(writer)
             await _closed(writer)
 
     def _accepts(self, request: Request) -> bool:
@@ -191,13 +215,12 @@ class RecoveryServer:
             self._num_answers -= 1
 
 
-async def _request(reader: asyncio.StreamReader) -> tuple[str, Request]:
-    """The next request of a connection, however long it takes to come.
+async def _request(reader: asyncio.StreamReader, start: bytes) -> tuple[str, Request]:
+    """A connection's request that begins with the two bytes of ``start``.
 
     Raises:
         MalformedError: it is none.
     """
-    start = await reader.readexactly(2)
     async with asyncio.timeout(_READ_S):
         path = await _part(reader, start, reqplane.MAX_PATH_NBYTES)
         await _part(reader, await reader.readexactly(2), reqplane.MAX_HEADERS_NBYTES)
@@ -211,6 +234,15 @@ async def _part(reader: asyncio.StreamReader, length: bytes, limit: int) -> byte
     if nbytes > limit:
         raise MalformedError(f"a part of {nbytes} bytes")
     return await reader.readexactly(nbytes)
+
+
+def _keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Notice within a minute that the other side's machine is gone."""
+    connected: socket.socket = writer.get_extra_info("socket")
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def _deliver(request: Request, parts: Parts) -> None:

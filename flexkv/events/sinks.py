@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from flexkv.events.types import AllBlocksCleared, changes
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
+    from collections.abc import Iterable, Mapping
 
     from flexkv.events.log import EventSource
     from flexkv.events.types import Event
@@ -36,6 +38,27 @@ class EventSink(Protocol):
     async def close(self) -> None:
         """Deliver what is left within the sink's own deadline, then let go."""
         ...
+
+
+@runtime_checkable
+class CountingSink(Protocol):
+    """A sink whose counts join the engine's statistics."""
+
+    def counts(self) -> Mapping[str, int]:
+        """What has become of the events so far, by names of the sink's own; from any thread.
+
+        ``connected`` (0 or 1) and ``waiting`` (blocks not sent yet) tell of now.
+        """
+        ...
+
+
+def counts_of(sinks: Iterable[EventSink]) -> Mapping[str, int]:
+    """The counts of all sinks, added up."""
+    total: Counter[str] = Counter()
+    for sink in sinks:
+        if isinstance(sink, CountingSink):
+            total.update(sink.counts())
+    return dict(total)
 
 
 class ListSink:

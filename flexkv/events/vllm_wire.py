@@ -79,6 +79,11 @@ class VllmCodec:
         return self._encode(_Batch(now_s, batch, self._dp_rank))
 
 
+def num_blocks_of(batch: list[_Event]) -> int:
+    """How many blocks a batch names."""
+    return sum(len(event.block_hashes) for event in batch if isinstance(event, _Stored | _Removed))
+
+
 def _wire(event: Event) -> _Event:
     if isinstance(event, AllBlocksCleared):
         return _Cleared()

@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from flexkv.errors import EngineClosedError, FeedError
 from flexkv.events.types import AllBlocksCleared
-from flexkv.events.vllm_wire import VllmCodec
+from flexkv.events.vllm_wire import VllmCodec, num_blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ class ZmqSink:
         self._wake.set()
 
     def counts(self) -> Mapping[str, int]:
-        """Batches, bytes, dumps, replays and malformed requests so far."""
+        """Messages, blocks, bytes, dumps, replays and malformed requests so far."""
         return dict(self._counts)
 
     async def close(self) -> None:
@@ -129,6 +129,7 @@ class ZmqSink:
 
     async def _send_news(self) -> None:
         while self._cursor < self._source.last_id:
+            self._counts["waiting"] = self._source.backlog(self._cursor) or 0
             entries = self._source.since(self._cursor, _FEW)
             if entries is None:
                 self._counts["dumps"] += 1
@@ -137,6 +138,7 @@ class ZmqSink:
             elif entries:
                 await self._send([entry.event for entry in entries])
                 self._cursor = entries[-1].event_id
+        self._counts["waiting"] = 0
 
     async def _send(self, events: Iterable[Event]) -> None:
         for batch in self._codec.batches(events):
@@ -145,7 +147,8 @@ class ZmqSink:
             self._next_number += 1
             self._keep(number, payload)  # first: whoever has seen it can have it again
             await self._publisher.send_multipart([self._topic, number.to_bytes(8, "big"), payload])
-            self._counts["batches"] += 1
+            self._counts["messages"] += 1
+            self._counts["blocks"] += num_blocks_of(batch)
             self._counts["nbytes"] += len(payload)
             await asyncio.sleep(0)
 

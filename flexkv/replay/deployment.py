@@ -302,17 +302,27 @@ class Router:
         lora: str | None = None,
     ) -> dict[int, Overlap]:
         """What the router believes each worker (of data-parallel rank 0) has of the prompt."""
+        of_ranks = await self.overlap_of_ranks(token_ids, namespace=namespace, lora=lora)
+        return {worker_id: overlap for (worker_id, rank), overlap in of_ranks.items() if not rank}
+
+    async def overlap_of_ranks(
+        self,
+        token_ids: Sequence[int],
+        *,
+        namespace: str | None = None,
+        lora: str | None = None,
+    ) -> dict[tuple[int, int], Overlap]:
+        """The same for every worker and rank."""
         scores = await self._router.get_overlap_scores(
             list(token_ids), lora_name=lora, cache_namespace=namespace
         )
         return {
-            row["worker_id"]: Overlap(
+            (row["worker_id"], row["dp_rank"]): Overlap(
                 row["device_blocks"],
                 row["host_pinned_extension_blocks"],
                 row["disk_extension_blocks"],
             )
             for row in scores["workers"]
-            if row["dp_rank"] == 0
         }
 
     async def best_worker(

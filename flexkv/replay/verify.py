@@ -6,24 +6,26 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexkv.errors import FeedError
 from flexkv.events import ownership
 from flexkv.events.dynamo import TIERS
-from flexkv.events.etcd import Etcd
+from flexkv.events.etcd import etcd_of, source_records
+from flexkv.events.nats import discovery_folder
 from flexkv.events.nats_audit import auditor
 from flexkv.events.ownership import OWNER, live_records
 from flexkv.replay.deployment import Router
+from flexkv.replay.scores import Misjudged, misjudged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from flexkv.config import EventsConfig
     from flexkv.events.audit import Audit, Held
 
-SOURCES = "v1/event_sources"
+_SOURCES = "v1/event_sources"
 _POLL_S = 0.3
 
 Source = tuple[int, int]
@@ -34,6 +36,7 @@ Source = tuple[int, int]
 class Comparison:
     """One source: by tier, what only the engine has, and what only the router has.
 
+    ``misjudged``: of ``num_asked`` chains those for which the router's scores are wrong.
     On a deployment that goes on working only what differed at every look is listed.
     """
 
@@ -43,11 +46,13 @@ class Comparison:
     num_held: Mapping[str, int]
     missing: Mapping[str, list[int]]
     surplus: Mapping[str, list[int]]
+    num_asked: int
+    misjudged: list[Misjudged]
 
     @property
     def agrees(self) -> bool:
         """Whether the router believes the truth."""
-        return not self.missing and not self.surplus
+        return not self.missing and not self.surplus and not self.misjudged
 
     def document(self) -> dict[str, Any]:
         """As JSON; hashes in hexadecimal."""
@@ -59,6 +64,8 @@ class Comparison:
             "blocks": dict(self.num_held),
             "missing": {tier: [f"{h:016x}" for h in hs] for tier, hs in self.missing.items()},
             "surplus": {tier: [f"{h:016x}" for h in hs] for tier, hs in self.surplus.items()},
+            "chains": self.num_asked,
+            "misjudged": [one.document() for one in self.misjudged],
         }
 
 
@@ -70,14 +77,12 @@ async def verify(
     Raises:
         FeedError: no source is registered, or an engine, NATS or etcd does not answer.
     """
-    where: Path | str = Path(settings.discovery_path or "")
-    if settings.discovery == "etcd":
-        where = ",".join(settings.etcd_endpoints)
+    where = discovery_of(settings)
     sources = await asyncio.to_thread(registered, settings)
     if not sources:
         raise FeedError(
             f"no flexkv source of {settings.namespace}.{settings.component}.{settings.endpoint} is "
-            f"registered in {where}: name another folder, namespace, component or endpoint"
+            f"registered in {where}: name another folder or etcd, namespace, component or endpoint"
         )
     endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
     url = ",".join(settings.nats_servers)
@@ -85,22 +90,30 @@ async def verify(
     async with router, auditor(settings) as asking:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
-        latest: dict[Source, tuple[_Difference, _Difference]] = {}
-        lasting: dict[Source, tuple[_Difference, _Difference]] = {}
+        latest: dict[Source, _Difference] = {}
+        lasting: dict[Source, _Difference] = {}
         while True:
             audits = {source: await asking.ask(*source) for source in sources}
             believed = beliefs(await router.dump_events())
             for source, audit in audits.items():
-                now = differences(audit.held, believed.get(source, {}))
+                wrong = await misjudged(router, source, audit, tokens_per_block)
+                now = _Difference(*differences(audit.held, believed.get(source, {})), wrong)
                 before = latest.get(source, now)
                 latest[source] = now
                 # what differs in two looks running is no news under way; a router that had heard
                 # of nothing at the first look must not hide what it believes too much later
-                lasting[source] = (now[0] & before[0], now[1] & before[1])
-            settled = not any(one or other for one, other in lasting.values())
+                lasting[source] = now.common(before)
+            settled = not any(any(difference) for difference in lasting.values())
             if settled or asyncio.get_running_loop().time() > deadline_s:
-                return [_comparison(source, audits[source], *lasting[source]) for source in sources]
+                return [_comparison(source, audits[source], lasting[source]) for source in sources]
             await asyncio.sleep(_POLL_S)
+
+
+def discovery_of(settings: EventsConfig) -> Path | str:
+    """A folder, or the URLs of an etcd."""
+    if settings.discovery == "etcd":
+        return ",".join(settings.etcd_endpoints)
+    return discovery_folder(settings)
 
 
 def registered(settings: EventsConfig) -> list[Source]:
@@ -125,10 +138,9 @@ def registered(settings: EventsConfig) -> list[Source]:
 
 
 def _records(settings: EventsConfig) -> Iterator[tuple[str, Any]]:
-    if settings.discovery == "file":
-        return live_records(Path(settings.discovery_path or "") / SOURCES)
-    etcd = Etcd(settings.etcd_endpoints, settings.etcd_user, settings.etcd_password)
-    return etcd.under(f"{SOURCES}/")
+    if settings.discovery == "etcd":
+        return source_records(etcd_of(settings))
+    return live_records(discovery_folder(settings) / _SOURCES)
 
 
 def beliefs(dump: list[dict[str, Any]]) -> dict[Source, Held]:
@@ -142,29 +154,43 @@ def beliefs(dump: list[dict[str, Any]]) -> dict[Source, Held]:
     return found
 
 
-_Difference = set[tuple[str, int]]
+_Where = tuple[str, int]
+"""Tier and router hash."""
 
 
-def differences(held: Held, believed: Held) -> tuple[_Difference, _Difference]:
+class _Difference(NamedTuple):
+    missing: set[_Where]
+    surplus: set[_Where]
+    misjudged: set[Misjudged]
+
+    def common(self, other: _Difference) -> _Difference:
+        return _Difference(
+            self.missing & other.missing,
+            self.surplus & other.surplus,
+            self.misjudged & other.misjudged,
+        )
+
+
+def differences(held: Held, believed: Held) -> tuple[set[_Where], set[_Where]]:
     """What only the engine has, and what only the router has. The device tier is not ours."""
     ours = {(tier, h) for tier, hashes in held.items() for h in hashes if tier != "device"}
     theirs = {(tier, h) for tier, hashes in believed.items() for h in hashes if tier != "device"}
     return ours - theirs, theirs - ours
 
 
-def _comparison(
-    source: Source, audit: Audit, missing: _Difference, surplus: _Difference
-) -> Comparison:
+def _comparison(source: Source, audit: Audit, difference: _Difference) -> Comparison:
     return Comparison(
         *source,
         audit.digests,
         {tier: len(hashes) for tier, hashes in audit.held.items() if hashes},
-        _by_tier(missing),
-        _by_tier(surplus),
+        _by_tier(difference.missing),
+        _by_tier(difference.surplus),
+        len(audit.sample),
+        sorted(difference.misjudged),
     )
 
 
-def _by_tier(difference: _Difference) -> dict[str, list[int]]:
+def _by_tier(difference: set[_Where]) -> dict[str, list[int]]:
     tiers = sorted({tier for tier, _ in difference})
     return {tier: sorted(h for of, h in difference if of == tier) for tier in tiers}
 
@@ -175,12 +201,16 @@ def sentences(comparisons: list[Comparison], *, most: int = 10) -> list[str]:
     for one in comparisons:
         held = ", ".join(f"{n} blocks in {tier}" for tier, n in one.num_held.items()) or "nothing"
         verdict = "router == residency" if one.agrees else "the router is WRONG"
-        lines.append(f"worker {one.worker_id}, rank {one.dp_rank}: {verdict} ({held})")
+        asked = f"{one.num_asked} chains asked for by their tokens"
+        lines.append(f"worker {one.worker_id}, rank {one.dp_rank}: {verdict} ({held}; {asked})")
         for word, by_tier in (("missing", one.missing), ("surplus", one.surplus)):
             for tier, hashes in by_tier.items():
                 shown = " ".join(f"{h:016x}" for h in hashes[:most])
                 more = f" and {len(hashes) - most} more" if len(hashes) > most else ""
                 lines.append(f"  {word} in {tier}: {len(hashes)}: {shown}{more}")
+        lines += [f"  {wrong}" for wrong in one.misjudged[:most]]
+        if len(one.misjudged) > most:
+            lines.append(f"  and {len(one.misjudged) - most} more prompts")
     return lines
 
 

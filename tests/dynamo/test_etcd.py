@@ -15,6 +15,7 @@ from flexkv.events.etcd import Etcd, EtcdRecord
 from flexkv.events.nats import NatsSink
 from flexkv.events.ownership import this_process
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
+from flexkv.replay.verify import verify
 from tests.dynamo.shelf import (
     TOKENS_PER_BLOCK,
     Shelf,
@@ -55,6 +56,9 @@ async def test_late_routers_learn_everything_and_forget_it_when_the_source_leave
                 await until_it_believes(router, worker.worker_id, shelf, *chains)
                 shelf.trim(chains[0], to=2)
                 await until_it_believes(router, worker.worker_id, shelf, *chains)
+                (found,) = await verify(config, size)
+                assert found.agrees
+                assert found.num_held == {"host_pinned": 42, "disk": 20}
                 second = NatsSink(config)
                 async with asyncio.TaskGroup() as tasks:
                     with pytest.raises(FeedError, match="has its event source already: process"):

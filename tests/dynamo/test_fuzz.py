@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NUM_AT_ONCE = 50
 ROUND_S = 2.0
-PATIENCE_S = 30.0
+PATIENCE_S = 45.0  # a router waits 30 for an answer that is lost once it was promised
 NOTHING: Held = {"host_pinned": set(), "disk": set()}
 
 

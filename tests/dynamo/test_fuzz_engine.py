@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NUM_USERS = 6
 BLOCKS_EACH = 8
 LIFE_S = 1.0
-PATIENCE_S = 30.0
+PATIENCE_S = 45.0  # a router waits 30 for an answer that is lost once it was promised
 TIERS = {"host_pinned": Tier.HOST, "disk": Tier.SSD}
 
 
@@ -130,6 +130,7 @@ async def lived(engine: Engine, copier: SlowCopier, seed: str) -> Held:
     return truth
 
 
+@pytest.mark.timeout(240)  # the patience of two lives, and what starts
 @pytest.mark.parametrize("seed", seeds())
 async def test_routers_believe_both_tiers_of_an_engine(
     nats_server: NatsServer, tmp_path: Path, seed: int

@@ -145,6 +145,7 @@ def rounds() -> list[range]:
     return [range(start, min(start + NUM_AT_ONCE, wanted.stop)) for start in starts]
 
 
+@pytest.mark.timeout(240)  # the patience, and processes that start four times over
 @pytest.mark.parametrize("seeds", rounds(), ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}")
 async def test_killed_processes_leave_the_truth_behind(tmp_path: Path, seeds: range) -> None:
     differences = await asyncio.gather(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -281,6 +282,26 @@ async def test_a_router_elsewhere_is_refused_by_name_and_goes_on_with_what_is_ne
     assert "events.recovery_callback_hosts" in caplog.text
     assert "127.0.0.1" in caplog.text
     assert router is not None
+
+
+async def test_silent_connections_shut_no_router_out(
+    nats_server: NatsServer, worker: FakeWorker, router: Router, tmp_path: Path
+) -> None:
+    shelf, chains = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    async with feeding(shelf, config) as sink, contextlib.AsyncExitStack() as stack:
+        await until_it_believes(router, worker.worker_id, shelf, *chains)
+        host, _, port = sink._recovery.address.rpartition(":")
+        for _ in range(config.recovery_connections):  # in place of the router's own, too
+            stack.enter_context(socket.create_connection((host, int(port))))
+        await until(lambda: sink.stats().counts.get("evicted"))
+        late = await stack.enter_async_context(another_router(nats_server, worker, tmp_path))
+        await until_it_believes(late, worker.worker_id, shelf, *chains)
+        shelf.trim(chains[1], to=0)
+        lose_what_waits(sink, shelf)
+        shelf.store(chains[0])
+        for each in (router, late):  # the first has to connect again
+            await until_it_believes(each, worker.worker_id, shelf, *chains)
 
 
 async def test_the_record_appears_only_when_the_server_answers(

@@ -77,7 +77,7 @@ class Scheduler:
         self._codec = vllm_wire.VllmCodec(0)
         self._pool = Pool()
         self._own: list[Any] = []
-        self.sink = StreamSink()
+        self.sink = StreamSink(512)
         self.feed = Feed([self.sink], self.sink)
         self.feed.attach(SimpleNamespace(call=lambda work: work()))  # type: ignore[arg-type]
         self.shelf = shelf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flexkv.blocks import Tier
+from flexkv.blocks import Blocks, Tier
 from flexkv.doctor.gather.deployment import settings_of
 from flexkv.errors import ConfigError, FeedError
 from flexkv.events.audit import Collector, chunks
 from flexkv.events.feed import RecoverableFeed
 from flexkv.events.types import BlockStored
-from flexkv.replay.deployment import FakeWorker
+from flexkv.replay.deployment import FakeWorker, Overlap
 from flexkv.replay.verify import Comparison, sentences, verify
 from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
 
@@ -46,10 +47,31 @@ async def test_a_router_that_believes_the_truth_agrees(
         assert found.agrees
         assert found.num_held == {"host_pinned": 200, "disk": 120}
         assert found.digests["disk"] == str(shelf.log.digests()[Tier.SSD])
+        assert found.num_asked == 40, "each chain, in both tiers"
         (line,) = sentences([found])
         assert line.startswith(
             f"worker {worker.worker_id}, rank 0: router == residency (200 blocks"
         )
+
+
+async def test_tenants_adapters_and_other_ranks_are_asked_for_as_such(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    size = TOKENS_PER_BLOCK
+    async with (
+        FakeWorker(nats_server.url, tmp_path, tokens_per_block=size, num_ranks=2) as worker,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for rank in range(2):
+            shelf = filled()
+            shelf.store(chain(3, namespace="tenant", lora="adapter"))
+            shelf.store(chain(3, namespace="tenant"), Tier.SSD)
+            shelf.store(chain(3, lora="adapter"))
+            config = settings(nats_server.url, tmp_path, worker.worker_id, dp_rank=rank)
+            await stack.enter_async_context(feeding(shelf, config))
+        comparisons = await verify(config, size)
+        assert [(found.dp_rank, found.num_asked) for found in comparisons] == [(0, 43), (1, 43)]
+        assert all(found.agrees for found in comparisons), sentences(comparisons)
 
 
 class Liar:
@@ -85,6 +107,66 @@ async def test_a_planted_difference_of_each_kind_is_found(
     lines = sentences([found])
     assert lines[1] == f"  missing in host_pinned: 1: {never_told.router_hashes()[0]:016x}"
     assert lines[2] == f"  surplus in disk: 1: {never_taken_back.router_hashes()[0]:016x}"
+    (wrong,) = found.misjudged
+    assert (wrong.held, wrong.believed) == (Overlap(0, 1, 0), Overlap(0, 0, 0))
+    assert lines[3:] == [f"  {wrong}"]
+
+
+async def test_a_planted_difference_of_each_kind_shows_in_the_scores_of_a_prompt(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    less, more = (chain(8, namespace="tenant", lora="adapter") for _ in range(2))
+    for blocks in (less, more):
+        shelf.store(blocks, Tier.SSD)
+        shelf.store(blocks, of=5)
+    async with feeding(shelf, config) as sink:
+        told = [event for event in shelf._walk() if event.blocks not in (less[:5], more[:5])]
+        told += [BlockStored(less[:3], Tier.HOST), BlockStored(more[:7], Tier.HOST)]
+        assert isinstance(sink._feed, RecoverableFeed)
+        sink._feed._answers._source = Liar(shelf.log, told)
+        (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
+    truth = Overlap(0, 5, 3)
+    by_last = {wrong.last: wrong for wrong in found.misjudged if wrong.num_blocks == 8}
+    assert {last: (wrong.held, wrong.believed) for last, wrong in by_last.items()} == {
+        less.router_hashes()[-1]: (truth, Overlap(0, 3, 5)),
+        more.router_hashes()[-1]: (truth, Overlap(0, 7, 1)),
+    }
+
+
+async def test_what_only_a_prompt_can_show_is_found(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = Shelf()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    blocks = chain(4)
+    shelf.store(blocks)
+    other_tokens = Blocks(
+        blocks.packed_keys(),
+        bytes(chain(4).token_ids),
+        tokens_per_block=TOKENS_PER_BLOCK,
+        key_nbytes=blocks.key_nbytes,
+    )
+    async with feeding(shelf, config) as sink:
+        assert isinstance(sink._feed, RecoverableFeed)
+        told = [BlockStored(other_tokens, Tier.HOST)]
+        sink._feed._answers._source = Liar(shelf.log, told)
+        (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
+    assert not found.missing
+    assert not found.surplus
+    assert not found.agrees
+    assert str(found.misjudged[0]).endswith("counts 0 blocks in host_pinned where 4 are held")
+
+
+async def test_blocks_of_another_size_than_the_engines_are_an_error(
+    nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
+) -> None:
+    shelf = filled()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    async with feeding(shelf, config):
+        with pytest.raises(FeedError, match="have 16 tokens, the settings say 32"):
+            await verify(config, 2 * TOKENS_PER_BLOCK)
 
 
 async def test_the_command_says_it_with_its_exit_status(
@@ -113,6 +195,7 @@ async def test_the_command_says_it_with_its_exit_status(
     (document,) = json.loads(out)
     assert document["agrees"] is True
     assert document["blocks"] == {"host_pinned": 200, "disk": 120}
+    assert document["chains"] == 40
 
 
 async def compared_by_folder(nats_url: str, discovery: Path | str, folder: Path) -> Comparison:

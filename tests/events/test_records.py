@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from flexkv.config import EventsConfig
 from flexkv.events import ownership
 from flexkv.events.discovery import FileRecord
 from flexkv.events.dynamo import WorkerRank
-from flexkv.replay.verify import registered
+from flexkv.events.nats import NatsSink
+from flexkv.replay.verify import discovery_of, registered
 
 EVENTS = EventsConfig()
 WORKER = WorkerRank(
@@ -72,3 +74,28 @@ def test_a_record_with_another_part_in_it_is_one_or_passed_over(data: st.DataObj
 @pytest.mark.parametrize("odd", [{"metadata": None}, {"metadata": 3}, {"metadata": "flexkv_owner"}])
 def test_verify_passes_over_what_is_no_source(odd: object, tmp_path: Path) -> None:
     read(tmp_path, json.dumps(odd).encode())
+
+
+def test_what_is_no_regular_file_or_too_long_is_passed_over_at_once(tmp_path: Path) -> None:
+    record = FileRecord(tmp_path, WORKER, 1)
+    folder = record.path.parent
+    folder.mkdir(parents=True)
+    record._write()
+    os.mkfifo(folder / "pipe")  # nobody writes to it
+    (folder / "folder").mkdir()
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "long").write_bytes(record._content.encode() + b" " * ownership.MAX_RECORD_NBYTES)
+    rest = b" " * (ownership.MAX_RECORD_NBYTES - len(record._content))
+    (folder / "padded").write_bytes(record._content.encode() + rest)
+    names = {Path(name).name for name, _ in ownership.live_records(folder)}
+    assert names == {record.path.name, "padded"}
+
+
+def test_who_verifies_looks_where_the_engine_registers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert discovery_of(EVENTS) == NatsSink(EventsConfig(worker_id=7))._folder
+    assert str(tmp_path) in str(discovery_of(EVENTS))
+    in_etcd = EventsConfig(discovery="etcd", etcd_endpoints=("http://a:1", "http://b:1"))
+    assert discovery_of(in_etcd) == "http://a:1,http://b:1"

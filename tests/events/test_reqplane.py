@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +21,7 @@ from flexkv.events.recovery import RecoveryServer
 from flexkv.events.reqplane import MalformedError, Query
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 PATH = "abc/ns/backend/worker_kv_query_source_abc"
 DEADLINE_S = 20.0
@@ -185,16 +186,66 @@ async def test_malformed_requests_are_dropped_and_counted_and_the_next_is_answer
         assert server.counts["malformed"] == len(garbage)
 
 
-async def test_no_more_than_so_many_connections() -> None:
-    async with serving(recovery_connections=1) as server:
-        host, _, port = server.address.rpartition(":")
-        _, first = await asyncio.open_connection(host, int(port))
-        while not server._num_connections:  # noqa: ASYNC110  # it has no event
-            await asyncio.sleep(0.01)
-        assert await sent(server, b"", at_once=False) == b""
-        assert server.counts["refused"] == 1
-        first.close()
-        await first.wait_closed()
+@contextlib.contextmanager
+def clients() -> Iterator[Callable[..., Awaitable[socket.socket]]]:
+    """Makes connections that the server has taken, and whose first bytes it has read."""
+    with contextlib.ExitStack() as stack:
+
+        async def connect(server: RecoveryServer, raw: bytes = b"") -> socket.socket:
+            host, _, port = server.address.rpartition(":")
+            before = set(server._connections)
+            client = stack.enter_context(socket.create_connection((host, int(port))))
+            client.sendall(raw)
+            while not (new := server._connections - before):  # noqa: ASYNC110  # it has no event
+                await asyncio.sleep(0.01)
+            while (new <= server._idle.keys()) == bool(raw):  # noqa: ASYNC110  # as above
+                await asyncio.sleep(0.01)
+            client.settimeout(0)
+            return client
+
+        yield connect
+
+
+async def test_where_too_many_are_connected_the_longest_idle_makes_way() -> None:
+    loop = asyncio.get_running_loop()
+    with clients() as connect:
+        async with serving(recovery_connections=2) as server, a_router() as (address, answers):
+            first, second = await connect(server), await connect(server)
+            assert await sent(server, request(payload(address))) == bytes(4)
+            assert await answers.get()
+            assert await loop.sock_recv(first, 1) == b"", "its connection is closed"
+            with pytest.raises(BlockingIOError):
+                second.recv(1)
+            assert server.counts["evicted"] == 1
+            assert "refused" not in server.counts
+
+
+async def test_who_is_in_the_middle_of_a_request_does_not_make_way() -> None:
+    with clients() as connect:
+        async with serving(recovery_connections=1) as server:
+            await connect(server, request(b"x" * 100)[:50])
+            assert await sent(server, b"", at_once=False) == b""
+            assert server.counts == {"refused": 1}
+
+
+async def test_a_flood_of_silent_connections_leaves_no_more_than_so_many() -> None:
+    with clients() as connect:
+        async with serving(recovery_connections=3) as server, a_router() as (address, answers):
+            for _ in range(20):
+                await connect(server)
+            assert len(server._connections) == 3
+            assert server.counts["evicted"] == 17
+            assert await sent(server, request(payload(address))) == bytes(4)
+            assert await answers.get()
+
+
+async def test_connections_are_asked_whether_the_other_side_is_there() -> None:
+    with clients() as connect:
+        async with serving() as server:
+            await connect(server)
+            (writer,) = server._connections
+            accepted = writer.get_extra_info("socket")
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])

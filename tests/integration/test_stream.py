@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 from flexkv.blocks import Tier
 from flexkv.events.log import EventLog
-from flexkv.events.types import BlockStored
-from flexkv.integration.vllm.stream import MAX_BLOCKS, StreamSink
+from flexkv.events.types import BlockRemoved, BlockStored
+from flexkv.integration.vllm import stream
+from flexkv.integration.vllm.net_changes import Stored
+from flexkv.integration.vllm.stream import StreamSink
 from tests.engine.chains import chain
 
 if TYPE_CHECKING:
+    import pytest
+
     from flexkv.blocks import Blocks
 
 CHAIN = chain(1, 2, 3, 4)
@@ -24,7 +28,7 @@ class Stage:
     def __init__(self, ring: int = 100) -> None:
         self.resident: list[BlockStored] = []
         self.log = EventLog(ring=ring, max_event_blocks=100, walk=lambda: iter(list(self.resident)))
-        self.sink = StreamSink()
+        self.sink = StreamSink(step_blocks=512)
 
     def store(self, blocks: Blocks) -> None:
         self.resident.append(BlockStored(blocks, Tier.SSD))
@@ -34,7 +38,7 @@ class Stage:
     async def told(self) -> list[Blocks]:
         for _ in range(10):
             await asyncio.sleep(0)
-        return [change.blocks for change in self.sink._changes.take(MAX_BLOCKS)]
+        return [c.blocks for c in self.sink._changes.take(512) if isinstance(c, Stored)]
 
 
 async def test_a_child_that_comes_after_a_reset_is_told_behind_its_parents() -> None:
@@ -75,4 +79,27 @@ async def test_a_change_that_is_larger_than_the_ring_is_told_all_the_same() -> N
         stage.log.append(stage.resident)
         stage.sink.wake()
         assert await stage.told() == [PARENTS, CHILDREN]
+        await stage.sink.close()
+
+
+async def test_a_large_change_is_looked_at_in_pieces_and_told_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "_PIECE_BLOCKS", 4)
+    stage = Stage()
+    async with asyncio.TaskGroup() as tasks:
+        await stage.sink.start(stage.log, tasks)
+        assert await stage.told() == []
+        chains = [chain(number, 2, 3) for number in range(8)]
+        stage.resident += [BlockStored(blocks, Tier.SSD) for blocks in chains]
+        stage.log.append(stage.resident)
+        stage.sink.wake()
+        assert len(stage.sink._changes) == 6, "two chains at once, the rest when others had a turn"
+        assert stage.sink.num_waiting == 6 + 6, "vLLM goes on stepping for it"
+        assert await stage.told() == chains
+        assert stage.sink.num_waiting == 0
+        stage.log.append([BlockRemoved(blocks, Tier.SSD) for blocks in chains])
+        stage.sink.wake()
+        await stage.told()
+        assert stage.sink._changes._told == {}
         await stage.sink.close()

@@ -114,4 +114,6 @@ def _difference(one: Comparison) -> str:
         for word, by_tier in (("missing", one.missing), ("surplus", one.surplus))
         for tier, hashes in by_tier.items()
     ]
+    if one.misjudged:
+        parts.append(f"{len(one.misjudged)} of {one.num_asked} prompts scored wrong")
     return ", ".join(parts)

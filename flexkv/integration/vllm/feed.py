@@ -98,7 +98,7 @@ def feed_of(settings: VllmSettings) -> Feed:
     if kind == "zmq":
         return Feed([TolerantSink(ZmqSink(events))])
     if kind == "vllm":
-        stream = StreamSink()
+        stream = StreamSink(events.step_blocks)
         return Feed([stream], stream)
     return Feed([])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from flexkv.blocks import BlockKey, Tier
@@ -31,22 +32,26 @@ class Removed(NamedTuple):
 class NetChanges:
     """Stored and then removed, or the other way round, is nothing: so what waits is bounded.
 
-    At most everything that is resident and everything that was told.
+    At most everything that is resident and everything that was told. The first of an OrderedDict is
+    found at once, that of a dict behind everything deleted before it.
     """
 
     def __init__(self) -> None:
         self._told: dict[_Where, None] = {}  # parents first
-        self._stored: dict[_Where, tuple[Blocks, int]] = {}  # parents first
-        self._removed: dict[_Where, None] = {}  # children first
+        self._cleared: dict[_Where, None] = {}  # told before all was cleared; parents first
+        self._stored: OrderedDict[_Where, tuple[Blocks, int]] = OrderedDict()  # parents first
+        self._removed: OrderedDict[_Where, None] = OrderedDict()  # children first
 
     def __len__(self) -> int:
-        return len(self._stored) + len(self._removed)
+        return len(self._stored) + len(self._removed) + len(self._cleared)
 
     def add(self, event: Event) -> None:
         """Something has happened in the tiers. A second time, it is nothing new."""
         if isinstance(event, AllBlocksCleared):
-            self._stored.clear()
-            self._removed = dict.fromkeys(reversed(self._told))
+            self._stored = OrderedDict()
+            self._removed = OrderedDict()
+            self._told.update(self._cleared)  # most often none
+            self._cleared, self._told = self._told, {}
         elif isinstance(event, BlockStored):
             for i, key in enumerate(event.blocks):
                 self._add_stored((event.tier, key), event.blocks, i)
@@ -57,6 +62,7 @@ class NetChanges:
     def forget_told(self) -> None:
         """The stream's readers have forgotten everything; what is resident is to be added anew."""
         self._told.clear()
+        self._cleared.clear()
         self._stored.clear()
         self._removed.clear()
 
@@ -64,6 +70,10 @@ class NetChanges:
         """The next changes to tell, of at most so many blocks; removals first."""
         changes: list[Stored | Removed] = []
         num_left = max_blocks
+        while self._cleared and num_left:
+            removed = self._next_cleared(num_left)
+            changes.append(removed)
+            num_left -= len(removed.keys)
         while self._removed and num_left:
             removed = self._next_removed(num_left)
             changes.append(removed)
@@ -77,6 +87,9 @@ class NetChanges:
     def _add_stored(self, where: _Where, blocks: Blocks, i: int) -> None:
         if where in self._removed:
             del self._removed[where]
+        elif where in self._cleared:
+            del self._cleared[where]
+            self._told[where] = None
         elif where not in self._told:
             self._stored.setdefault(where, (blocks, i))
 
@@ -85,6 +98,15 @@ class NetChanges:
             self._removed[where] = None
         else:
             self._stored.pop(where, None)
+
+    def _next_cleared(self, max_blocks: int) -> Removed:
+        tier, _ = next(reversed(self._cleared))
+        keys: list[BlockKey] = []
+        while self._cleared and len(keys) < max_blocks:
+            if next(reversed(self._cleared))[0] != tier:
+                break
+            keys.append(self._cleared.popitem()[0][1])
+        return Removed(keys, tier)
 
     def _next_removed(self, max_blocks: int) -> Removed:
         tier, _ = next(iter(self._removed))

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from flexkv.blocks import Tier
+from flexkv.integration.vllm.feed_metrics import FEED_METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,6 +100,9 @@ METRICS = {
         "Blocks that SSD can hold; 0 without SSD and when its disk has failed.",
         _of_ssd("num_slots"),
     ),
+} | {
+    name: _Metric(Gauge if metric.is_state else Counter, metric.text, metric.value_of)
+    for name, metric in FEED_METRICS.items()
 }
 """All that is counted: on ``/metrics`` as ``vllm:`` and the name."""
 

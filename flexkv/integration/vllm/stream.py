@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexkv.blocks import BlockKey, Tier
-from flexkv.events.types import AllBlocksCleared, split
+from flexkv.events.types import AllBlocksCleared, num_named, split
 from flexkv.integration.vllm.net_changes import NetChanges, Stored
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from flexkv.blocks import Blocks
-    from flexkv.events.log import EventSource
+    from flexkv.events.log import Entry, EventSource
 
-MAX_BLOCKS = 512
-"""Blocks in one step's events: what a restart has to tell must not hold up a step."""
+_PIECE_BLOCKS = 512  # looked at in one go: a third of a millisecond
 _SIGN_S = 2.0
 _NOBODY = BlockKey(b"flexkv: a block that is never announced"[-32:])
 _MEDIUM = {Tier.HOST: "CPU", Tier.SSD: "STORAGE", Tier.REMOTE: "STORAGE"}
@@ -33,40 +32,58 @@ _log = logging.getLogger(__name__)
 class StreamSink:
     """Collects net changes on the engine's loop; the scheduler's thread takes them.
 
+    A step's events name at most ``step_blocks`` blocks: what a restart has to tell must not hold up
+    a step.
     Every 2 s one removal of a block that nobody was ever told of goes along: Dynamo's relay asks
     for what it has missed only when it sees something that it can't place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step_blocks: int) -> None:
+        self._step_blocks = step_blocks
         self._changes = NetChanges()
         self._lock = threading.Lock()
         self._source: EventSource | None = None
         self._last_id = 0
         self._num_wanted = self._num_walked = 0  # walks through all that is resident
+        self._num_told = 0
         self._next_sign_s = 0.0
-        self._anew: asyncio.Event | None = None
+        self._news: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, source: EventSource, tasks: TaskGroup) -> None:
         """Begin with what is resident already."""
         self._source = source
-        self._anew = asyncio.Event()
+        self._news = asyncio.Event()
         self.tell_all()
-        self._task = tasks.create_task(self._tell_anew())
+        self._task = tasks.create_task(self._tell())
 
     def wake(self) -> None:
-        """Take what is new; what comes while all is told anew waits for its parents to be told."""
+        """Take what is new; what comes while all is told anew waits for its parents to be told.
+
+        Of much only the first part: the rest follows in pieces.
+        """
         with self._lock:
             if self._source is None or self._num_walked != self._num_wanted:
                 return
-            entries = self._source.since(self._last_id)
-            self._last_id = self._source.last_id
-            for entry in entries or ():
-                self._changes.add(entry.event)
-            if entries is not None:
+            entries = self._source.since(self._last_id, _PIECE_BLOCKS)
+            if entries is None:  # one change was larger than the log's ring
+                self._last_id = self._source.last_id
+                self._changes.add(AllBlocksCleared())
+                self._num_wanted += 1
+            else:
+                self._take_in(entries)
+            is_all = entries is not None and self._last_id == self._source.last_id
+        if not is_all and self._news is not None:
+            self._news.set()
+
+    def _take_in(self, entries: list[Entry]) -> None:
+        num_blocks = 0
+        for entry in entries:
+            self._changes.add(entry.event)
+            self._last_id = entry.event_id
+            num_blocks += num_named(entry.event)
+            if num_blocks >= _PIECE_BLOCKS:
                 return
-            self._changes.add(AllBlocksCleared())  # one change was larger than the log's ring
-        self.tell_all()
 
     def forget_told(self) -> None:
         """Whoever reads the stream has forgotten every tier; ``tell_all`` must follow."""
@@ -76,10 +93,10 @@ class StreamSink:
 
     def tell_all(self) -> None:
         """Tell what is resident, as far as it is not told; to be called on the engine's loop."""
-        if self._anew is not None:
+        if self._news is not None:
             with self._lock:
                 self._num_wanted += 1
-            self._anew.set()
+            self._news.set()
 
     async def close(self) -> None:
         """Take no more."""
@@ -90,29 +107,41 @@ class StreamSink:
 
     @property
     def num_waiting(self) -> int:
-        """Blocks whose change has not been taken; from any thread."""
-        return len(self._changes)
+        """Blocks whose change has not been taken; from any thread.
+
+        An event that was not looked at yet counts as one.
+        """
+        source = self._source
+        num_behind = 0 if source is None else source.last_id - self._last_id
+        return len(self._changes) + num_behind
+
+    def counts(self) -> Mapping[str, int]:
+        """Blocks that were told, and that wait to be; from any thread."""
+        return {"blocks": self._num_told, "waiting": self.num_waiting}
 
     def take(self) -> Iterator[Any]:
         """Events of vLLM's kind, for the step that ends now; from the scheduler's thread."""
         with self._lock:
-            changes = self._changes.take(MAX_BLOCKS)
+            changes = self._changes.take(self._step_blocks)
         for change in changes:
+            self._num_told += len(change.blocks if isinstance(change, Stored) else change.keys)
             yield _stored(change) if isinstance(change, Stored) else _removed(*change)
         now_s = time.monotonic()
         if now_s >= self._next_sign_s:
             self._next_sign_s = now_s + _SIGN_S
             yield _removed([_NOBODY], Tier.HOST)
 
-    async def _tell_anew(self) -> None:
-        assert self._anew is not None
+    async def _tell(self) -> None:
+        assert self._news is not None
         while True:
-            await self._anew.wait()
-            self._anew.clear()
+            await self._news.wait()
+            self._news.clear()
             if self._source is None:
                 return
-            await self._walk(self._source)
+            if self._num_walked != self._num_wanted:
+                await self._walk(self._source)
             self.wake()
+            await asyncio.sleep(0)
 
     async def _walk(self, source: EventSource) -> None:
         """Add what is resident, in pieces; ends early where all is to be told anew again."""
@@ -120,7 +149,7 @@ class StreamSink:
             number = self._num_wanted
             self._last_id, resident = source.dump()
         for event in resident:
-            for piece in split(event, MAX_BLOCKS):
+            for piece in split(event, _PIECE_BLOCKS):
                 with self._lock:
                     if self._num_wanted != number:
                         return

@@ -6,9 +6,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from flexkv.errors import FeedError
+from flexkv.events.sinks import counts_of
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
+    from collections.abc import Mapping
 
     from flexkv.events.log import EventSource
     from flexkv.events.sinks import EventSink
@@ -36,6 +38,10 @@ class TolerantSink:
         """There is news."""
         if self._works:
             self._sink.wake()
+
+    def counts(self) -> Mapping[str, int]:
+        """The sink's."""
+        return counts_of([self._sink])
 
     async def close(self) -> None:
         """Deliver what is left."""

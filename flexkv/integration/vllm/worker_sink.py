@@ -12,6 +12,7 @@ from flexkv.events.nats import NatsSink, discovery_folder
 
 if TYPE_CHECKING:
     from asyncio import TaskGroup
+    from collections.abc import Mapping
 
     from flexkv.config import EventsConfig
     from flexkv.events.log import EventSource
@@ -42,6 +43,11 @@ class WorkerSink:
         """There is news; what comes before the start is in the first dump."""
         if self._sink is not None:
             self._sink.wake()
+
+    def counts(self) -> Mapping[str, int]:
+        """The sink's; before its start it is not connected."""
+        sink = self._sink
+        return {"connected": 0} if sink is None else sink.counts()
 
     async def close(self) -> None:
         """Wait no more, and deliver what is left."""
