@@ -11,6 +11,7 @@ from nats.aio.client import Client
 
 from flexkv.errors import FeedError
 from flexkv.events.audit import AuditError, Collector, audit_subject
+from flexkv.events.bounded import bounded
 from flexkv.events.nats_link import connect_options
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
     """
     client = Client()
     try:
-        async with asyncio.timeout(settings.connect_timeout_s):
-            await client.connect(**connect_options(settings), allow_reconnect=False)
+        connecting = client.connect(**connect_options(settings), allow_reconnect=False)
+        await bounded(connecting, settings.connect_timeout_s)
     except (TimeoutError, *_ERRORS) as error:
         await _closed(client)  # nats-py leaves the socket of a server that turned it away
         raise FeedError(f"no NATS server answers at {settings.nats_servers} ({error!r})") from error
@@ -89,5 +90,4 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
 
 async def _closed(client: Client) -> None:
     with contextlib.suppress(TimeoutError, *_ERRORS):
-        async with asyncio.timeout(_CLOSE_S):
-            await client.close()
+        await bounded(client.close(), _CLOSE_S)

@@ -15,6 +15,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from flexkv.errors import FeedError
+from flexkv.events.bounded import bounded
 from flexkv.events.dynamo import MIN_PAYLOAD_NBYTES
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ class NatsLink:
         deadline_s = self._settings.connect_timeout_s
         self._client = Client()
         try:
-            async with asyncio.timeout(deadline_s):
-                await self._client.connect(**options)
-                await self._subscribe()
+            await bounded(self._connect(self._client, options), deadline_s)
         except _CONNECTION_ERRORS as error:
             cause = self._last_error or error
             await self.close()
@@ -148,16 +147,14 @@ class NatsLink:
         if self._client is None:
             return
         with contextlib.suppress(*_CONNECTION_ERRORS):
-            async with asyncio.timeout(self._settings.close_timeout_s):
-                await self._client.close()
+            await bounded(self._client.close(), self._settings.close_timeout_s)
 
     async def _connect_again(self) -> None:
         await self.close()
         self._closed.clear()
         self._client = Client()
         try:
-            await self._client.connect(**self._options())  # tries for ever by itself
-            await self._subscribe()
+            await bounded(self._connect(self._client, self._options()))  # tries for ever by itself
         except (*_CONNECTION_ERRORS, FeedError) as error:
             _log.warning("can't connect to NATS: %r", error)
             self._closed.set()
@@ -167,10 +164,11 @@ class NatsLink:
             self._was_connected = True
             self._on_connect(again=True)  # routers may come back later than we do
 
-    async def _subscribe(self) -> None:
-        if self._served is not None and self._client is not None:
+    async def _connect(self, client: Client, options: dict[str, Any]) -> None:
+        await client.connect(**options)
+        if self._served is not None:
             subject, on_request = self._served
-            await self._client.subscribe(subject, cb=on_request, pending_msgs_limit=_MAX_REQUESTS)
+            await client.subscribe(subject, cb=on_request, pending_msgs_limit=_MAX_REQUESTS)
 
     def _options(self) -> dict[str, Any]:
         return connect_options(self._settings) | {
