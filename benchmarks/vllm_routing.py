@@ -65,7 +65,7 @@ class Deployment:
             "--load-format=dummy",
             "--dtype=float32",
             "--enforce-eager",
-            "--max-model-len=2048",
+            "--max-model-len=2016",  # what the GPU cache holds: one block is vLLM's own
             "--max-num-seqs=8",
             f"--num-gpu-blocks-override={GPU_BLOCKS}",
         ]
