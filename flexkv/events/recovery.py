@@ -166,9 +166,9 @@ class RecoveryServer:
                 if not self._accepts(request):
                     return
                 writer.write(reqplane.ACCEPTED)
+                self._own(self._answer(path, request))  # gives its place back, come what may
                 async with asyncio.timeout(_READ_S):
                     await writer.drain()
-                self._own(self._answer(path, request))
         except MalformedError as error:
             self._counts["malformed"] += 1
             _log.debug("dropped a malformed recovery request: %s", error)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,7 +18,7 @@ from flexkv.config import EventsConfig
 from flexkv.errors import FeedError
 from flexkv.events import reqplane
 from flexkv.events.callbacks import CallbackPolicy
-from flexkv.events.recovery import RecoveryServer
+from flexkv.events.recovery import _MAX_ANSWERS, RecoveryServer
 from flexkv.events.reqplane import MalformedError, Query
 
 if TYPE_CHECKING:
@@ -237,6 +238,24 @@ async def test_a_flood_of_silent_connections_leaves_no_more_than_so_many() -> No
             assert server.counts["evicted"] == 17
             assert await sent(server, request(payload(address))) == bytes(4)
             assert await answers.get()
+
+
+async def test_routers_that_die_while_they_ask_take_nobody_elses_answers() -> None:
+    reset = struct.pack("ii", 1, 0)  # close at once, with a reset
+    with clients() as connect:
+        async with serving() as server, a_router() as (address, answers):
+            raw = request(payload(address))
+            for _ in range(_MAX_ANSWERS):
+                client = await connect(server, raw[:-1])
+                client.sendall(raw[-1:])
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                client.close()
+                while server._connections:  # noqa: ASYNC110  # it has no event
+                    await asyncio.sleep(0.001)
+            assert server.counts["queries"] == _MAX_ANSWERS, "they have asked"
+            assert await sent(server, raw) == bytes(4)
+            assert await answers.get()
+            assert "refused" not in server.counts
 
 
 async def test_connections_are_asked_whether_the_other_side_is_there() -> None:
