@@ -118,8 +118,8 @@ class Engine:
             self._transfers = Transfers(settings, layout.block_nbytes, tasks)
             self._stores = Stores(self._host, self._transfers, settings.deadline_s)
             if self._pool is not None:
-                await self._below.open(self._pool, self._stores, tasks, self._events)
                 exits.push_async_callback(self._below.close, settings.close_timeout_s)
+                await self._below.open(self._pool, self._stores, tasks, self._events)
             for sink in self._sinks if self._config.enable_flexkv else ():
                 await sink.start(self._events, tasks)
                 exits.push_async_callback(sink.close)

@@ -18,6 +18,7 @@ import pytest
 
 from flexkv import BlockRemoved, BlockStored, ConfigError, Tier
 from flexkv.engine import rising
+from flexkv.engine.disk import Disk
 from flexkv.events.digest import digest_of
 from flexkv.events.types import num_named
 from flexkv.tiers.ssd_journal import DiskCalls
@@ -415,6 +416,33 @@ async def test_a_second_engine_on_the_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="in use by process"):
             async with bench(tmp_path / "ssd"):
                 pass
+
+
+async def test_a_start_that_is_cancelled_lets_go_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path / "ssd") as b:
+        await b.store(A)
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(*_: Any) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(20)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Disk, "_restore", slow)
+        async with asyncio.TaskGroup() as tasks:
+            starting = tasks.create_task(bench(tmp_path / "ssd").__aenter__())
+            await begun.wait()
+            starting.cancel()
+            await asyncio.wait([starting])
+            assert starting.cancelled()
+    try:
+        async with bench(tmp_path / "ssd") as b:
+            assert b.engine.residency(Tier.SSD) == set(A)
+    finally:
+        go_on.set()
 
 
 async def test_under_pressure_writes_are_dropped_and_loads_go_on(tmp_path: Path) -> None:
