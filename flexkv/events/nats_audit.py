@@ -77,14 +77,14 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
     """
     client = Client()
     try:
-        connecting = client.connect(**connect_options(settings), allow_reconnect=False)
-        await bounded(connecting, settings.connect_timeout_s)
-    except (TimeoutError, *_ERRORS) as error:
-        await _closed(client)  # nats-py leaves the socket of a server that turned it away
-        raise FeedError(f"no NATS server answers at {settings.nats_servers} ({error!r})") from error
-    try:
+        try:
+            connecting = client.connect(**connect_options(settings), allow_reconnect=False)
+            await bounded(connecting, settings.connect_timeout_s)
+        except (TimeoutError, *_ERRORS) as error:
+            servers = settings.nats_servers
+            raise FeedError(f"no NATS server answers at {servers} ({error!r})") from error
         yield Auditor(client, settings.namespace, deadline_s)
-    finally:
+    finally:  # nats-py leaves the socket of a server that turned it away
         await _closed(client)
 
 
