@@ -187,8 +187,10 @@ def _interpreter_obstacles(python: str, *, without: bool) -> list[str]:
 
 def _model_config(model: str) -> dict[str, Any]:
     path = Path(model).expanduser() / "config.json"
+    if not path.is_file():
+        path = _downloaded(model) or path
     try:
-        config = json.loads((_downloaded(model) or path).read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # a name, whose files are not here yet
     return config if isinstance(config, dict) else {}

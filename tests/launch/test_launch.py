@@ -250,6 +250,10 @@ def test_a_models_size_is_taken_from_the_hubs_cache(
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     options = Options(model="some/model", folder=tmp_path, python=sys.executable)
     assert machine_of(options).model == ({"num_hidden_layers": 3} if is_downloaded else {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    (tmp_path / "some" / "model" / "config.json").write_text('{"num_hidden_layers": 4}')
+    assert machine_of(options).model == {"num_hidden_layers": 4}, "vLLM takes the folder"
 
 
 def test_what_would_break_it_silently_is_refused_all_at_once(
