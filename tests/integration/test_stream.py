@@ -70,6 +70,28 @@ async def test_a_second_reset_during_the_walk_begins_it_anew() -> None:
         await stage.sink.close()
 
 
+async def test_what_is_removed_while_a_reset_is_half_way_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "_PIECE_BLOCKS", 2)
+    stage = Stage()
+    async with asyncio.TaskGroup() as tasks:
+        await stage.sink.start(stage.log, tasks)
+        assert await stage.told() == []
+        chains = [chain(number, 2, 3) for number in range(3)]
+        stage.resident += [BlockStored(blocks, Tier.SSD) for blocks in chains]
+        stage.log.append(stage.resident)
+        stage.sink.wake()  # more than a piece: the rest is to be looked at next
+        stage.sink.forget_told()  # in the scheduler's thread, which then calls the loop's
+        await asyncio.sleep(0)
+        assert len(stage.sink._changes) == 2, "the walk has begun meanwhile"
+        stage.log.append([BlockRemoved(stage.resident.pop(0).blocks, Tier.SSD)])
+        stage.sink.wake()
+        stage.sink.tell_all()
+        assert {key for told in await stage.told() for key in told} == {*chains[1], *chains[2]}
+        await stage.sink.close()
+
+
 async def test_a_change_that_is_larger_than_the_ring_is_told_all_the_same() -> None:
     stage = Stage(ring=1)
     async with asyncio.TaskGroup() as tasks:

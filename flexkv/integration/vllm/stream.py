@@ -95,7 +95,8 @@ class StreamSink:
         """Tell what is resident, as far as it is not told; to be called on the engine's loop."""
         if self._news is not None:
             with self._lock:
-                self._num_wanted += 1
+                if self._num_walked == self._num_wanted:  # else the walk that is due does it
+                    self._num_wanted += 1
             self._news.set()
 
     async def close(self) -> None:
