@@ -81,7 +81,11 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
         await bounded(connecting, settings.connect_timeout_s)
     except (TimeoutError, *_ERRORS) as error:
         await _closed(client)  # nats-py leaves the socket of a server that turned it away
-        raise FeedError(f"no NATS server answers at {settings.nats_servers} ({error!r})") from error
+        raise FeedError(
+            f"no NATS server answers at {', '.join(settings.nats_servers)} within "
+            f"{settings.connect_timeout_s} s ({error!r}): start nats-server, or correct "
+            "events.nats_servers (NATS_SERVER)"
+        ) from error
     try:
         yield Auditor(client, settings.namespace, deadline_s)
     finally:

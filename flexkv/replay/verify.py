@@ -87,7 +87,8 @@ async def verify(
     endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
     url = ",".join(settings.nats_servers)
     router = Router(url, where, tokens_per_block=tokens_per_block, endpoint=endpoint)
-    async with router, auditor(settings) as asking:
+    # NATS first: where it is away, Dynamo's runtime blocks for two minutes
+    async with auditor(settings) as asking, router:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
         latest: dict[Source, _Difference] = {}
