@@ -161,14 +161,26 @@ class SlotFiles:
                     os.ftruncate(fd, nbytes)
                 if nbytes:  # an existing file may have holes
                     self._calls.posix_fallocate(fd, 0, nbytes)
-        except OSError:  # ext4 leaves a file as far as it got, and the disk full
+        except OSError as error:  # ext4 leaves a file as far as it got, and the disk full
             os.close(fd)
             path.unlink(missing_ok=True)
+            if error.errno == errno.ENOSPC:
+                raise _too_large(path, nbytes) from error
             raise
         self.had_all &= not is_new
         self.fds.append(fd)
         made = os.fstat(fd)
         self._inodes.append((path, (made.st_dev, made.st_ino)))
+
+
+def _too_large(path: Path, nbytes: int) -> OSError:
+    found = os.statvfs(path.parent)
+    text = (
+        f"{os.strerror(errno.ENOSPC)}: its slots take {nbytes} bytes, and "
+        f"{found.f_bavail * found.f_frsize} are free: make room, or lower num_ssd_blocks or "
+        "ssd_cache_gb"
+    )
+    return OSError(errno.ENOSPC, text, str(path))
 
 
 def erase(folders: Sequence[Path], devices: Mapping[Path, int]) -> None:
