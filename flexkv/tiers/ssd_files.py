@@ -62,9 +62,10 @@ class FolderLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            whose = f"process {owner}" + (", this one" if owner == str(os.getpid()) else "")
             raise ConfigError(
-                f"ssd_cache_dir {folder} is in use by process {owner}: give each engine a folder "
-                "of its own"
+                f"ssd_cache_dir {folder} is in use by {whose}: name it once, and give each engine "
+                "a folder of its own"
             ) from error
         except OSError as error:
             raise ConfigError(
