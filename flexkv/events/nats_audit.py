@@ -76,14 +76,21 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
         FeedError: none answers.
     """
     client = Client()
+    seen: list[Exception] = []
+
+    async def on_error(error: Exception) -> None:  # nats-py's own prints a traceback for each
+        seen[:] = [error]
+
     try:
-        connecting = client.connect(**connect_options(settings), allow_reconnect=False)
+        options = connect_options(settings) | {"error_cb": on_error, "allow_reconnect": False}
+        connecting = client.connect(**options)
         await bounded(connecting, settings.connect_timeout_s)
     except (TimeoutError, *_ERRORS) as error:
         await _closed(client)  # nats-py leaves the socket of a server that turned it away
+        cause = seen[0] if seen else error
         raise FeedError(
             f"no NATS server answers at {', '.join(settings.nats_servers)} within "
-            f"{settings.connect_timeout_s} s ({error!r}): start nats-server, or correct "
+            f"{settings.connect_timeout_s} s ({cause!r}): start nats-server, or correct "
             "events.nats_servers (NATS_SERVER)"
         ) from error
     try:
