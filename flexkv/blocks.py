@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NewType, TypeAlias
+from typing import TYPE_CHECKING, NewType, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -296,6 +296,11 @@ class Blocks:
         return blocks
 
 
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, SupportsIndex) or value.__index__() < 1:
+        raise LayoutError(f"{name} is {value!r}: give an integer from 1")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
     """What the engine must know of a paged KV cache to size its tiers.
@@ -304,7 +309,7 @@ class KVLayout:
     GPU workers (tensor x pipeline parallel) hold a part of every block.
 
     Raises:
-        LayoutError: a number is not positive.
+        LayoutError: a number is no integer, or is not positive.
     """
 
     tokens_per_block: int
@@ -313,8 +318,7 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_block", "block_nbytes", "num_ranks"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            _require_count(name, getattr(self, name))
 
     @classmethod
     def of_model(
@@ -332,6 +336,15 @@ class KVLayout:
 
         ``num_kv_parts``: 2 where keys and values are kept, 1 for MLA's single latent.
         """
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_size", head_size),
+            ("dtype_nbytes", dtype_nbytes),
+            ("tokens_per_block", tokens_per_block),
+            ("num_kv_parts", num_kv_parts),
+        ):
+            _require_count(name, value)
         tokens = tokens_per_block * num_kv_heads * head_size * dtype_nbytes
         return cls(
             tokens_per_block=tokens_per_block,

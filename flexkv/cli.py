@@ -43,7 +43,7 @@ _Capacity = Annotated[
     typer.Option(min=1, help="Host blocks per worker. [default: few enough to evict most blocks]"),
 ]
 _SsdBlocks = Annotated[
-    int, typer.Option("--ssd-blocks", min=0, help="SSD blocks per worker. [default: no SSD tier]")
+    int, typer.Option("--ssd-blocks", min=0, help="SSD blocks per worker; 0: no SSD tier.")
 ]
 _Restart = Annotated[
     bool, typer.Option("--restart", help="Close the engines half-way, and start them again.")

@@ -17,6 +17,7 @@ from flexkv.config_values import (
 )
 
 _MAX_S = 86400
+_NAME = "a Dynamo name: no spaces, none of `*`, `>` and `/`, no empty part beside a dot"
 _PAIRS = (
     ("nats_user", "nats_password"),
     ("nats_tls_cert", "nats_tls_key"),
@@ -57,11 +58,15 @@ class EventsConfig(Settings):
     connect_timeout_s: float = setting(
         "how long the start waits for NATS", default=5.0, gt=0, le=_MAX_S
     )
-    namespace: Subject = setting("of the Dynamo worker", default="dynamo", allowed="a Dynamo name")
-    component: Subject = setting("of the Dynamo worker", default="backend", allowed="a Dynamo name")
-    endpoint: Subject = setting("of the Dynamo worker", default="generate", allowed="a Dynamo name")
+    namespace: Subject = setting("of the Dynamo worker", default="dynamo", allowed=_NAME)
+    component: Subject = setting("of the Dynamo worker", default="backend", allowed=_NAME)
+    endpoint: Subject = setting("of the Dynamo worker", default="generate", allowed=_NAME)
     worker_id: int | None = setting(
-        "of the Dynamo worker; needed where the sink is `nats`", default=None, ge=0, le=2**64 - 1
+        "of the Dynamo worker, as its `endpoint.connection_id()` has it; needed where the sink is "
+        "`nats`",
+        default=None,
+        ge=0,
+        le=2**64 - 1,
     )
     dp_rank: int = setting("data-parallel rank of the worker", default=0, ge=0, le=2**32 - 1)
     discovery: Literal["file", "etcd"] = setting(

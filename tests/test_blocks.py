@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +79,15 @@ def test_a_layout_knows_the_bytes_of_a_block() -> None:
     assert layout.block_nbytes == 32 * 2 * 16 * 8 * 128 * 2
     with pytest.raises(LayoutError, match="num_ranks is 0"):
         KVLayout(tokens_per_block=16, block_nbytes=1, num_ranks=0)
+
+
+@pytest.mark.parametrize("wrong", [0, -2, "2", 2.0, None])
+def test_a_model_without_a_whole_number_of_something_is_refused(wrong: Any) -> None:
+    model = {"num_layers": -2, "num_kv_heads": 8, "head_size": 128, "dtype_nbytes": 2}
+    with pytest.raises(LayoutError, match="num_layers is -2: give an integer from 1"):
+        KVLayout.of_model(**model | {"num_kv_heads": -8}, tokens_per_block=16)
+    with pytest.raises(LayoutError, match=f"head_size is {wrong!r}: give an integer"):
+        KVLayout.of_model(**model | {"num_layers": 2, "head_size": wrong}, tokens_per_block=16)
 
 
 def test_blocks_with_extra_keys_and_what_follows_them_are_not_plain() -> None:

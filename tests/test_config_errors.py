@@ -119,7 +119,10 @@ def test_a_bad_cache_setting_is_named_with_its_value_and_range(
         ({"events": {"worker_id": 2**64}}, "events.worker_id is 18446744073709551616: it must be"),
         ({"events": {"nats_servers": []}}, "events.nats_servers is a list of 0: it must be nats:"),
         ({"events": {"nats_servers": "h:4222"}}, 'events.nats_servers is "h:4222": it must be na'),
-        ({"events": {"namespace": "a b"}}, 'events.namespace is "a b": it must be a Dynamo name'),
+        (
+            {"events": {"namespace": "a b"}},
+            'events.namespace is "a b": it must be a Dynamo name: no spaces',
+        ),
         ({"events": {"endpoint": "a..b"}}, 'events.endpoint is "a..b": it must be a Dynamo name'),
         ({"events": {"outbox": 0}}, "events.outbox is 0: it must be a whole number, 1 to"),
         ({"events": {"nats_user": "me"}}, "events.nats_user needs nats_password beside it"),

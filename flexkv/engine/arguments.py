@@ -5,11 +5,32 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
-from flexkv.blocks import Blocks
-from flexkv.errors import InputError
+from flexkv.blocks import Blocks, KVLayout
+from flexkv.config import Config
+from flexkv.errors import InputError, LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+def check_settings(config: Config, layout: KVLayout) -> None:
+    """An engine can be made with them.
+
+    Raises:
+        InputError: one is something else.
+        LayoutError: they differ in their tokens per block.
+    """
+    if not isinstance(config, Config):
+        raise InputError(
+            f"config is {type(config).__name__}: make it with Config.load or Config.from_mapping"
+        )
+    if not isinstance(layout, KVLayout):
+        raise InputError(f"layout is {type(layout).__name__}: make it with KVLayout.of_model")
+    if config.tokens_per_block != layout.tokens_per_block:
+        raise LayoutError(
+            f"tokens_per_block is {config.tokens_per_block} in the settings but "
+            f"{layout.tokens_per_block} in the layout: they must be equal"
+        )
 
 
 def check_chain(blocks: Blocks, tokens_per_block: int, key_nbytes: int) -> None:
@@ -56,5 +77,6 @@ def checked_block_ids(
         wrong = next(i for i in block_ids if not 0 <= i < num_gpu_blocks)
         raise InputError(f"GPU block id {wrong} is not in the cache of {num_gpu_blocks} blocks")
     if len(set(block_ids)) != len(block_ids):
-        raise InputError("a GPU block id occurs twice: each block needs its own")
+        twice = next(i for i in block_ids if block_ids.count(i) > 1)
+        raise InputError(f"GPU block id {twice} occurs twice: each block needs its own")
     return block_ids

@@ -16,6 +16,7 @@ from flexkv.engine.disk_index import SharedDiskIndex
 from flexkv.engine.disk_records import Recorder, num_ssd_slots
 from flexkv.errors import ConfigError
 from flexkv.events.types import BlockRemoved
+from flexkv.tiers.memory import require_memory
 from flexkv.tiers.ssd import SsdSettings, SsdStore
 from flexkv.tiers.ssd_files import erase, failing
 from flexkv.tiers.ssd_frames import cleared, removed
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_SLOT_NBYTES = 24  # of the index, at least, besides the token ids
 _OUT_OF_MEMORY = {errno.ENOMEM, errno.EFAULT}  # the host pool is touched while it is in use
 
 
@@ -61,6 +63,11 @@ class Disk:
             self._about |= {"weights_id": cache.weights_id}
         self._folders = [Path(folder) for folder in cache.ssd_cache_dir]
         self._num_slots = num_ssd_slots(cache, layout)
+        require_memory(
+            self._num_slots * (_SLOT_NBYTES + 4 * layout.tokens_per_block),
+            of="the index of the SSD tier",
+            remedy="lower num_ssd_blocks or ssd_cache_gb",
+        )
         self._devices: dict[Path, int] = {}
         self._records: list[bytes] = []
         self._failure: OSError | None = None

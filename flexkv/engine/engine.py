@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Self
 
 from flexkv.blocks import Tier
-from flexkv.engine.arguments import check_chain, checked_block_ids
+from flexkv.engine.arguments import check_chain, check_settings, checked_block_ids
 from flexkv.engine.index import TierIndex
 from flexkv.engine.results import Loaded, Match, Stored
 from flexkv.engine.shared_index import SharedIndex
@@ -18,7 +18,7 @@ from flexkv.engine.stats import EngineStats
 from flexkv.engine.stores import Stores
 from flexkv.engine.tiering import Tiering
 from flexkv.engine.transfers import Transfers
-from flexkv.errors import EngineClosedError, InputError, LayoutError
+from flexkv.errors import EngineClosedError, InputError
 from flexkv.events.configured import sinks_of
 from flexkv.events.log import EventLog
 from flexkv.events.sinks import counts_of
@@ -52,7 +52,8 @@ class Engine:
     the SSD tier's blocks are kept.
 
     Raises:
-        LayoutError: ``config`` and ``layout`` differ in their tokens per block.
+        InputError: ``config`` or ``layout`` is something else.
+        LayoutError: they differ in their tokens per block.
         ConfigError: not even one block fits into the host tier, there is not enough memory, or
             the events are to join vLLM's, and this is not inside vLLM.
         FeedError: on entry, a sink can't work.
@@ -66,11 +67,7 @@ class Engine:
         *,
         identity: Mapping[str, object] | None = None,
     ) -> None:
-        if config.tokens_per_block != layout.tokens_per_block:
-            raise LayoutError(
-                f"tokens_per_block is {config.tokens_per_block} in the settings but "
-                f"{layout.tokens_per_block} in the layout: they must be equal"
-            )
+        check_settings(config, layout)
         self._config = config
         self._layout = layout
         self._block_nbytes = layout.block_nbytes * layout.num_ranks

@@ -76,13 +76,22 @@ async def auditor(settings: EventsConfig, deadline_s: float = 10.0) -> AsyncIter
         FeedError: none answers.
     """
     client = Client()
+    seen: list[Exception] = []
+
+    async def on_error(error: Exception) -> None:  # nats-py's own prints a traceback for each
+        seen[:] = [error]
+
     try:
         try:
-            connecting = client.connect(**connect_options(settings), allow_reconnect=False)
-            await bounded(connecting, settings.connect_timeout_s)
+            options = connect_options(settings) | {"error_cb": on_error, "allow_reconnect": False}
+            await bounded(client.connect(**options), settings.connect_timeout_s)
         except (TimeoutError, *_ERRORS) as error:
-            servers = settings.nats_servers
-            raise FeedError(f"no NATS server answers at {servers} ({error!r})") from error
+            cause = seen[0] if seen else error
+            raise FeedError(
+                f"no NATS server answers at {', '.join(settings.nats_servers)} within "
+                f"{settings.connect_timeout_s} s ({cause!r}): start nats-server, or correct "
+                "events.nats_servers (NATS_SERVER)"
+            ) from error
         yield Auditor(client, settings.namespace, deadline_s)
     finally:  # nats-py leaves the socket of a server that turned it away
         await _closed(client)

@@ -292,7 +292,11 @@ class Router:
                         return
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            raise FeedError(f"the router lists no worker {missing} in {deadline_s} s") from None
+            raise FeedError(
+                f"in {deadline_s} s no router lists worker {', '.join(map(str, sorted(missing)))} "
+                f"of {self._endpoint}: is it running, under that id, and has it registered its "
+                "model (register_model)?"
+            ) from None
 
     async def overlap(
         self,

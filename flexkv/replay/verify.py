@@ -78,16 +78,21 @@ async def verify(
         FeedError: no source is registered, or an engine, NATS or etcd does not answer.
     """
     where = discovery_of(settings)
-    sources = await asyncio.to_thread(registered, settings)
+    sources, gone = await asyncio.to_thread(_sources, settings)
     if not sources:
+        remedy = "name another folder or etcd, namespace, component or endpoint"
+        if gone:
+            workers = ", ".join(f"worker {worker_id}, rank {rank}" for worker_id, rank in gone)
+            remedy = f"start the engine again, its process has ended ({workers})"
         raise FeedError(
             f"no flexkv source of {settings.namespace}.{settings.component}.{settings.endpoint} is "
-            f"registered in {where}: name another folder or etcd, namespace, component or endpoint"
+            f"registered in {where}: {remedy}"
         )
     endpoint = f"{settings.namespace}.{settings.component}.{settings.endpoint}"
     url = ",".join(settings.nats_servers)
     router = Router(url, where, tokens_per_block=tokens_per_block, endpoint=endpoint)
-    async with router, auditor(settings) as asking:
+    # NATS first: where it is away, Dynamo's runtime blocks for two minutes
+    async with auditor(settings) as asking, router:
         await router.wait_for_workers({worker_id for worker_id, _ in sources})
         deadline_s = asyncio.get_running_loop().time() + settle_timeout_s
         latest: dict[Source, _Difference] = {}
@@ -118,12 +123,18 @@ def discovery_of(settings: EventsConfig) -> Path | str:
 
 def registered(settings: EventsConfig) -> list[Source]:
     """The flexkv sources of an endpoint that are alive."""
+    return _sources(settings)[0]
+
+
+def _sources(settings: EventsConfig) -> tuple[list[Source], list[Source]]:
+    """The flexkv sources of an endpoint: who is alive, and whose process is known to have ended."""
     where = {
         "namespace": settings.namespace,
         "component": settings.component,
         "name": settings.endpoint,
     }
-    found: set[Source] = set()
+    alive: set[Source] = set()
+    gone: set[Source] = set()
     for _, record in _records(settings):
         with contextlib.suppress(
             LookupError, TypeError, ValueError, OverflowError
@@ -131,10 +142,11 @@ def registered(settings: EventsConfig) -> list[Source]:
             metadata = record["metadata"]
             owner = metadata[OWNER]
             is_gone = isinstance(owner, dict) and ownership.is_gone(owner)
-            if metadata["kv_state_endpoint"] == where and not is_gone:
+            if metadata["kv_state_endpoint"] == where:
                 worker = metadata["worker"]
-                found.add((int(worker["worker_id"]), int(worker["dp_rank"])))
-    return sorted(found)
+                source = int(worker["worker_id"]), int(worker["dp_rank"])
+                (gone if is_gone else alive).add(source)
+    return sorted(alive), sorted(gone - alive)
 
 
 def _records(settings: EventsConfig) -> Iterator[tuple[str, Any]]:

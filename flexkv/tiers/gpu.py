@@ -7,6 +7,7 @@ import contextlib
 import operator
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from flexkv.errors import EngineClosedError, InputError, LayoutError, TransferEr
 from flexkv.tiers.segments import segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from flexkv.tiers.base import PagedCopier
     from flexkv.tiers.host import HostPool
@@ -43,7 +44,7 @@ def make_copier(
         LayoutError: they can't be cut into blocks of ``tokens_per_block`` tokens and
             ``block_nbytes`` bytes, or this version has no copier for the device.
     """
-    devices = {cache.device for cache in kv_caches.values()}
+    devices = _devices_of(kv_caches)
     if unknown := {device.type for device in devices} - {"cpu", "cuda"}:
         names = " and ".join(sorted(name.upper() for name in unknown))
         raise LayoutError(f"{names} caches are not in this version: CPU and CUDA tensors only")
@@ -54,7 +55,8 @@ def make_copier(
     if paged.block_nbytes != block_nbytes:
         raise LayoutError(
             f"a block of these {paged.num_layers} layers has {paged.block_nbytes} bytes, but the "
-            f"layout says block_nbytes={block_nbytes}"
+            f"layout says block_nbytes={block_nbytes}: give KVLayout.of_model the layers, heads, "
+            "head size and data type that this rank's tensors have"
         )
     device = next(iter(devices))
     if device.type == "cuda":
@@ -62,6 +64,15 @@ def make_copier(
 
         return CudaPagedCopier(paged, device)
     return CpuPagedCopier(paged)
+
+
+def _devices_of(kv_caches: Mapping[str, torch.Tensor]) -> set[torch.device]:
+    if not isinstance(kv_caches, Mapping):
+        raise LayoutError(f"kv_caches is {type(kv_caches).__name__}: give {{layer name: tensor}}")
+    for name, cache in kv_caches.items():  # a NumPy array's device is a text
+        if not isinstance(getattr(cache, "device", None), torch.device):
+            raise LayoutError(f"layer {name!r} is {type(cache).__name__}: give a torch tensor")
+    return {cache.device for cache in kv_caches.values()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How much memory the system has left for the host pool: asked before it is taken."""
+"""How much memory the system has left: asked before much of it is taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def require_memory(nbytes: int, *, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> None:
+def require_memory(
+    nbytes: int,
+    *,
+    of: str = "the host pool",
+    remedy: str = "lower num_cpu_blocks or cpu_cache_gb",
+    proc: Path = _PROC,
+    cgroups: Path = _CGROUPS,
+) -> None:
     """See that ``nbytes`` can be taken: a pool that does not fit ends in the OOM killer.
 
     Raises:
@@ -19,9 +26,8 @@ def require_memory(nbytes: int, *, proc: Path = _PROC, cgroups: Path = _CGROUPS)
     for where, available in available_memory(proc, cgroups).items():
         if nbytes > available:
             raise ConfigError(
-                f"the host pool needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB), and {available} "
-                f"({available / 2**30:.1f} GiB) are available by {where}: lower num_cpu_blocks or "
-                "cpu_cache_gb"
+                f"{of} needs {nbytes} bytes ({nbytes / 2**30:.1f} GiB), and {available} "
+                f"({available / 2**30:.1f} GiB) are available by {where}: {remedy}"
             )
 
 

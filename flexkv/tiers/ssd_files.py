@@ -62,9 +62,10 @@ class FolderLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            whose = f"process {owner}" + (", this one" if owner == str(os.getpid()) else "")
             raise ConfigError(
-                f"ssd_cache_dir {folder} is in use by process {owner}: give each engine a folder "
-                "of its own"
+                f"ssd_cache_dir {folder} is in use by {whose}: name it once, and give each engine "
+                "a folder of its own"
             ) from error
         except OSError as error:
             raise ConfigError(
@@ -161,14 +162,26 @@ class SlotFiles:
                     os.ftruncate(fd, nbytes)
                 if nbytes:  # an existing file may have holes
                     self._calls.posix_fallocate(fd, 0, nbytes)
-        except OSError:  # ext4 leaves a file as far as it got, and the disk full
+        except OSError as error:  # ext4 leaves a file as far as it got, and the disk full
             os.close(fd)
             path.unlink(missing_ok=True)
+            if error.errno == errno.ENOSPC:
+                raise _too_large(path, nbytes) from error
             raise
         self.had_all &= not is_new
         self.fds.append(fd)
         made = os.fstat(fd)
         self._inodes.append((path, (made.st_dev, made.st_ino)))
+
+
+def _too_large(path: Path, nbytes: int) -> OSError:
+    found = os.statvfs(path.parent)
+    text = (
+        f"{os.strerror(errno.ENOSPC)}: its slots take {nbytes} bytes, and "
+        f"{found.f_bavail * found.f_frsize} are free: make room, or lower num_ssd_blocks or "
+        "ssd_cache_gb"
+    )
+    return OSError(errno.ENOSPC, text, str(path))
 
 
 def erase(folders: Sequence[Path], devices: Mapping[Path, int]) -> None:

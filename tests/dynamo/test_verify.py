@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flexkv.events.log import EventLog
-    from flexkv.replay.deployment import NatsServer
+    from flexkv.replay.deployment import NatsServer, Router
 
 
 def filled() -> Shelf:
@@ -253,6 +253,25 @@ async def test_nothing_to_compare_is_an_error_that_says_where_it_looked(
 ) -> None:
     with pytest.raises(FeedError, match=rf"no flexkv source.*{tmp_path}"):
         await verify(settings(nats_server.url, tmp_path, 1), TOKENS_PER_BLOCK)
+
+
+async def test_where_nats_is_away_it_says_so_before_a_router_waits_for_it(
+    nats_server: NatsServer,
+    worker: FakeWorker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    nowhere = {"nats_servers": ("nats://127.0.0.1:1",), "connect_timeout_s": 0.5}
+    async with feeding(filled(), config):
+        with pytest.raises(FeedError, match=r"nats://127.0.0.1:1 within 0.5 s .*Refused.*: start"):
+            await verify(config.model_copy(update=nowhere), TOKENS_PER_BLOCK)
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_worker_without_a_model_card_is_named_with_the_remedy(router: Router) -> None:
+    with pytest.raises(FeedError, match=r"no router lists worker 7 of flexkv\..*register_model"):
+        await router.wait_for_workers([7], deadline_s=0.2)
 
 
 def test_an_answer_comes_whole_or_not_at_all() -> None:

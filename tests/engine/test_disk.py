@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flexkv import BlockRemoved, BlockStored, ConfigError, Tier
+from flexkv import BlockRemoved, BlockStored, Config, ConfigError, Engine, KVLayout, Tier
 from flexkv.engine import rising
 from flexkv.engine.disk import Disk
 from flexkv.events.digest import digest_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from flexkv import Blocks, Engine, ListSink, Loaded, Stored
+    from flexkv import Blocks, ListSink, Loaded, Stored
     from tests.engine.fakes import SlowCopier
 
 A, B, C = chain(1, 2, 3, 4), chain(1, 2, 7, 8), chain(9, 9, 9, 9)
@@ -443,6 +443,20 @@ async def test_a_start_that_is_cancelled_lets_go_of_the_folder(
             assert b.engine.residency(Tier.SSD) == set(A)
     finally:
         go_on.set()
+
+
+def test_more_slots_than_memory_can_index_are_refused_before_any_is_made(tmp_path: Path) -> None:
+    cache = {
+        "tokens_per_block": 4,
+        "num_cpu_blocks": 8,
+        "enable_ssd": True,
+        "num_ssd_blocks": 2**40,
+        "ssd_cache_dir": str(tmp_path / "ssd"),
+    }
+    layout = KVLayout(tokens_per_block=4, block_nbytes=64)
+    with pytest.raises(ConfigError, match=r"index of the SSD tier needs .* lower num_ssd_blocks"):
+        Engine(Config.from_mapping({"cache_config": cache}), layout)
+    assert not (tmp_path / "ssd").exists()
 
 
 async def test_under_pressure_writes_are_dropped_and_loads_go_on(tmp_path: Path) -> None:

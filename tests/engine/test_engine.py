@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -187,6 +187,14 @@ def test_settings_and_layout_must_agree_on_tokens_per_block() -> None:
         Engine(config(), layout)
 
 
+def test_settings_and_layouts_of_another_kind_are_refused_with_the_way_to_make_them() -> None:
+    wrong: Any = {"cache_config": {}}
+    with pytest.raises(InputError, match=r"config is dict: .*Config\.from_mapping"):
+        Engine(wrong, LAYOUT)
+    with pytest.raises(InputError, match=r"layout is dict: .*KVLayout\.of_model"):
+        Engine(config(), wrong)
+
+
 def test_a_host_tier_smaller_than_a_block_is_refused() -> None:
     cache = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, cpu_cache_bytes=100)
     with pytest.raises(ConfigError, match="cpu_cache_bytes is 100, but one block takes"):
@@ -217,7 +225,7 @@ async def test_caches_of_another_shape_are_refused(
         (BLOCKS, [1], -1, "first is -1"),
         (BLOCKS, [1, 16], 0, "GPU block id 16 is not in the cache of 16 blocks"),
         (BLOCKS, [-1], 0, "GPU block id -1"),
-        (BLOCKS, [1, 2, 1], 0, "occurs twice"),
+        (BLOCKS, [1, 2, 2], 0, "GPU block id 2 occurs twice"),
         (blocks_of(TOKENS, 8), [1], 0, "8 tokens each"),
         (BLOCKS[1:], [1], 0, "do not begin their chain"),
     ],

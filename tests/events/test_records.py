@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv.config import EventsConfig
+from flexkv.errors import FeedError
 from flexkv.events import ownership
 from flexkv.events.discovery import FileRecord
 from flexkv.events.dynamo import WorkerRank
 from flexkv.events.nats import NatsSink
-from flexkv.replay.verify import discovery_of, registered
+from flexkv.replay.verify import discovery_of, registered, verify
 
 EVENTS = EventsConfig()
 WORKER = WorkerRank(
@@ -42,7 +43,7 @@ def read(folder: Path, content: bytes) -> None:
         assert str(ownership.refusal(other, WORKER, name))
 
 
-def test_a_source_whose_process_has_ended_is_not_asked(tmp_path: Path) -> None:
+async def test_a_source_whose_process_has_ended_is_not_asked(tmp_path: Path) -> None:
     record = FileRecord(tmp_path, WORKER, 1)
     record.path.parent.mkdir(parents=True)
     record._write()
@@ -52,6 +53,8 @@ def test_a_source_whose_process_has_ended_is_not_asked(tmp_path: Path) -> None:
     content["metadata"][ownership.OWNER]["started"] = "another time"
     record.path.write_text(json.dumps(content))
     assert registered(events) == []
+    with pytest.raises(FeedError, match=r"start the engine again.*worker 7, rank 0"):
+        await verify(events, 16)
 
 
 @given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))

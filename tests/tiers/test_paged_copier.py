@@ -208,6 +208,14 @@ def test_another_block_size_than_the_layouts_is_refused() -> None:
         make_copier(caches_of_seven_blocks(), 4, 145)
 
 
+def test_caches_that_are_no_tensors_are_refused() -> None:
+    arrays: Any = {name: cache.numpy() for name, cache in caches_of_seven_blocks().items()}
+    with pytest.raises(LayoutError, match=r"layer '.*' is ndarray: give a torch tensor"):
+        make_copier(arrays, 4, 144)
+    with pytest.raises(LayoutError, match=r"kv_caches is list: give \{layer name: tensor\}"):
+        make_copier(list(arrays.values()), 4, 144)
+
+
 @pytest.mark.parametrize("device", ["xpu", "meta"])
 def test_caches_on_other_devices_are_refused(device: str) -> None:
     cache: Any = SimpleNamespace(device=torch.device(device))
