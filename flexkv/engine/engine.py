@@ -145,12 +145,13 @@ class Engine:
         await to_its_end(self._close())
 
     async def _close(self) -> None:
-        timeout_s = self._config.transfers.close_timeout_s
+        timeout_s, loop = self._config.transfers.close_timeout_s, asyncio.get_running_loop()
+        began_s = loop.time()
         num_running = await self._transfers.settle(timeout_s)
         num_running += await self._below.settle(timeout_s)
         if num_running := num_running or await self._below.close(timeout_s):
             # their memory stays as it is, and the task group stays open: nothing else is safe
-            _log.error("%d copies did not end within %s s", num_running, 2 * timeout_s)
+            _log.error("%d copies did not end within %.1f s", num_running, loop.time() - began_s)
             for sink in self._sinks:
                 await sink.close()
             return
