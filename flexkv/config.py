@@ -125,7 +125,7 @@ class TransfersConfig(Settings):
         "how long a call waits, in a queue too", default=30.0, gt=0, le=_MAX_S
     )
     close_timeout_s: float = setting(
-        "how long closing waits for running copies", default=10.0, gt=0, le=_MAX_S
+        "how long each step of closing waits for running copies", default=10.0, gt=0, le=_MAX_S
     )
     touch_threads: int = setting(
         "threads that touch the pool first; 0: one per core, up to 16", default=0, ge=0, le=256

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from flexkv.blocks import Tier
 from flexkv.engine.arguments import check_chain, check_settings, checked_block_ids
+from flexkv.engine.closing import to_its_end
 from flexkv.engine.index import TierIndex
 from flexkv.engine.results import Loaded, Match, Stored
 from flexkv.engine.shared_index import SharedIndex
@@ -97,32 +98,37 @@ class Engine:
         self._entered = True
         for note in self._config.notes:
             _log.warning("%s", note)
-        settings, layout = self._config.transfers, self._layout
-        async with contextlib.AsyncExitStack() as exits:
-            if self._config.enable_flexkv:
-                self._pool = pool = HostPool(
-                    self._num_host_slots,
-                    layout.block_nbytes,
-                    layout.num_ranks,
-                    settings.touch_threads,
-                    huge_pages=settings.huge_pages,
-                )
-                exits.callback(pool.close)  # each copier touches its own region
-            tasks = asyncio.TaskGroup()
-            await tasks.__aenter__()
-            # not told of other errors, which it would wrap
-            exits.push_async_callback(tasks.__aexit__, None, None, None)
-            self._transfers = Transfers(settings, layout.block_nbytes, tasks)
-            self._stores = Stores(self._host, self._transfers, settings.deadline_s)
-            if self._pool is not None:
-                exits.push_async_callback(self._below.close, settings.close_timeout_s)
-                await self._below.open(self._pool, self._stores, tasks, self._events)
-            for sink in self._sinks if self._config.enable_flexkv else ():
-                await sink.start(self._events, tasks)
-                exits.push_async_callback(sink.close)
-            self._exits = exits.pop_all()
+        try:
+            await self._enter()
+        except BaseException:
+            await to_its_end(self._exits.aclose())
+            raise
         self._open = True
         return self
+
+    async def _enter(self) -> None:
+        settings, layout, exits = self._config.transfers, self._layout, self._exits
+        if self._config.enable_flexkv:
+            self._pool = pool = HostPool(
+                self._num_host_slots,
+                layout.block_nbytes,
+                layout.num_ranks,
+                settings.touch_threads,
+                huge_pages=settings.huge_pages,
+            )
+            exits.callback(pool.close)  # each copier touches its own region
+        tasks = asyncio.TaskGroup()
+        await tasks.__aenter__()
+        # not told of other errors, which it would wrap
+        exits.push_async_callback(tasks.__aexit__, None, None, None)
+        self._transfers = Transfers(settings, layout.block_nbytes, tasks)
+        self._stores = Stores(self._host, self._transfers, settings.deadline_s)
+        if self._pool is not None:
+            exits.push_async_callback(self._close_below)
+            await self._below.open(self._pool, self._stores, tasks, self._events)
+        for sink in self._sinks if self._config.enable_flexkv else ():
+            await sink.start(self._events, tasks)
+            exits.push_async_callback(sink.close)
 
     async def __aexit__(
         self,
@@ -133,24 +139,16 @@ class Engine:
         """Let running copies end, deliver the last events, let go of the memory."""
         self._open = False
         self._stores.close()
-        closing = asyncio.gather(self._close())  # a task, which this call alone owns
-        cancelled: asyncio.CancelledError | None = None
-        while not closing.done():  # what runs below can't be abandoned half-way
-            try:
-                await asyncio.wait([closing])
-            except asyncio.CancelledError as late:
-                cancelled = late
-        closing.result()
-        if cancelled is not None:
-            raise cancelled
+        await to_its_end(self._close())
 
     async def _close(self) -> None:
-        timeout_s = self._config.transfers.close_timeout_s
+        timeout_s, loop = self._config.transfers.close_timeout_s, asyncio.get_running_loop()
+        began_s = loop.time()
         num_running = await self._transfers.settle(timeout_s)
         num_running += await self._below.settle(timeout_s)
         if num_running := num_running or await self._below.close(timeout_s):
             # their memory stays as it is, and the task group stays open: nothing else is safe
-            _log.error("%d copies did not end within %s s", num_running, 2 * timeout_s)
+            _log.error("%d copies did not end within %.1f s", num_running, loop.time() - began_s)
             for sink in self._sinks:
                 await sink.close()
             return
@@ -160,6 +158,10 @@ class Engine:
         finally:
             await self._exits.aclose()
             self._host.forget()
+
+    async def _close_below(self) -> None:
+        if await self._below.close(self._config.transfers.close_timeout_s):
+            self._exits.pop_all()  # threads use the pool: it stays, and the task group stays open
 
     def attach(
         self, kv_caches: Mapping[str, torch.Tensor], *, rank: int = 0, block_axis: int | None = None

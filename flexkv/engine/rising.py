@@ -220,16 +220,11 @@ class Risings:
             leave()
             return None
         rising = Rising(self._host, self._deadline_s, leave)
-        previous: asyncio.Future[Lease | None] | None = None
-        for start in range(num_host, num_blocks, self._num_chunk_blocks):
-            stop = min(start + self._num_chunk_blocks, num_blocks)
-            plan = self._host.plan_store(blocks.part(0, stop), 0)
-            assert plan.reservation is not None, "a whole chain has no gap before it"
-            reach = plan.reservation.num_present + len(plan.reservation.slots)
-            previous = self._begin_chunk(blocks.part(0, reach), plan.reservation, previous)
-            rising.chunks.append(previous)
-            if reach < stop:  # the host tier is full
-                break
+        try:
+            self._begin_chunks(rising, blocks.part(0, num_blocks), num_host)
+        except BaseException:
+            rising.end()
+            raise
         return rising
 
     async def settle(self, timeout_s: float) -> int:
@@ -249,6 +244,18 @@ class Risings:
                 return
             await asyncio.sleep(_LOOK_S)
 
+    def _begin_chunks(self, rising: Rising, blocks: Blocks, num_host: int) -> None:
+        previous: asyncio.Future[Lease | None] | None = None
+        for start in range(num_host, len(blocks), self._num_chunk_blocks):
+            stop = min(start + self._num_chunk_blocks, len(blocks))
+            plan = self._host.plan_store(blocks.part(0, stop), 0)
+            assert plan.reservation is not None, "a whole chain has no gap before it"
+            reach = plan.reservation.num_present + len(plan.reservation.slots)
+            previous = self._begin_chunk(blocks.part(0, reach), plan.reservation, previous)
+            rising.chunks.append(previous)
+            if reach < stop:  # the host tier is full
+                break
+
     def _begin_chunk(
         self,
         blocks: Blocks,
@@ -258,10 +265,28 @@ class Risings:
         """The last of ``blocks`` go into ``reservation``'s slots."""
         chunk: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._stores.begin_copy(reservation)
-        task = self._tasks.create_task(self._bring(blocks, reservation, previous, chunk))
+        bringing = self._bring(blocks, reservation, previous, chunk)
+        try:
+            task = self._tasks.create_task(bringing)
+        except BaseException:
+            bringing.close()
+            self._give_up(reservation, chunk)
+            raise
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+
+        def on_end(task: asyncio.Task[None]) -> None:
+            self._running.discard(task)
+            if not chunk.done():  # cancelled before its first step
+                self._give_up(reservation, chunk)
+
+        task.add_done_callback(on_end)
         return chunk
+
+    def _give_up(self, reservation: Reservation, chunk: asyncio.Future[Lease | None]) -> None:
+        """Nothing has begun to bring the chunk, and nothing will."""
+        self._stores.end_copy(reservation)
+        self._host.commit(reservation, 0)
+        chunk.set_result(None)
 
     async def _bring(
         self,
@@ -278,9 +303,9 @@ class Risings:
             if previous is not None:
                 await asyncio.wait([previous])
         finally:
-            self._stores.end_copy(reservation)
-            self._host.commit(reservation, num_read)
             try:
+                self._stores.end_copy(reservation)
+                self._host.commit(reservation, num_read)
                 if await self._stores.have_ended(reservation.joined):
                     lease = self._host.lease(blocks)
             finally:

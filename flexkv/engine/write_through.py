@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flexkv.blocks import BlockKey, Blocks
     from flexkv.engine.disk import Disk
     from flexkv.engine.runs import Lease, Reservation
@@ -105,13 +107,7 @@ class WriteThrough:
             while self._queue or disk.has_news:
                 if not disk.is_on:
                     self._drop_all()
-                batch, complete = await self._next_batch()
-                if disk.is_on or not batch:  # a disk that failed meanwhile: first give up the batch
-                    await disk.flush()  # the removals, before their slots are overwritten
-                if batch:
-                    await self._write(batch)
-                for waiting in complete:
-                    self._leave(waiting)
+                await self._write_some()
             self._idle.set()
         await disk.flush()
 
@@ -139,13 +135,28 @@ class WriteThrough:
         while self._queue:
             self._leave(self._queue.popleft())
 
-    async def _next_batch(self) -> tuple[list[_Writing], list[_Waiting]]:
+    async def _write_some(self) -> None:
+        """Write what goes together of what waits, and the journal."""
+        disk = self._disk
+        batch: deque[_Writing] = deque()
+        complete: list[_Waiting] = []
+        try:
+            await self._fill(batch, complete)
+            if disk.is_on or not batch:  # a disk that failed meanwhile: first give up the batch
+                await disk.flush()  # the removals, before their slots are overwritten
+            if batch:
+                await self._write(batch)
+        finally:  # cancelled: what is reserved and leased would stay so for ever
+            for writing in batch:
+                self._commit(writing, ())
+            for waiting in complete:
+                self._leave(waiting)
+
+    async def _fill(self, batch: deque[_Writing], complete: list[_Waiting]) -> None:
         """Reserve slots for what waits, as much as goes together, and what is complete with it.
 
         Others have their turn after each chain; the queue may be dropped then.
         """
-        batch: list[_Writing] = []
-        complete: list[_Waiting] = []
         room = self._num_batch_blocks
         index = self._disk.index
         while self._queue and room > 0:
@@ -164,12 +175,11 @@ class WriteThrough:
             if start + num_new < stop or stop == len(waiting.blocks):
                 complete.append(self._queue.popleft())
             await asyncio.sleep(0)
-        return batch, complete
 
-    async def _write(self, batch: list[_Writing]) -> None:
-        """Fill the reserved slots; commit them in order, so that parents come first."""
+    async def _write(self, batch: deque[_Writing]) -> None:
+        """Fill the reserved slots; take out and commit in order, so that parents come first."""
         disk = self._disk
-        index, store = disk.index, disk.store
+        store = disk.store
         slots, host_slots = array("i"), array("i")
         for _, reservation, lease in batch:
             start = reservation.num_present
@@ -181,18 +191,23 @@ class WriteThrough:
                 sums = await store.write(slots, host_slots)
         except OSError as error:
             disk.fail_to_move(store, error)
-        finally:
-            at = 0
-            for blocks, reservation, lease in batch:
-                num_new = len(reservation.slots)
-                # what was written to a disk that is lost meanwhile is lost as well
-                index.commit(reservation, num_new if sums and disk.is_on else 0)
-                if num_stored := reservation.num_stored:
-                    parts = (reservation.slots[:num_stored], sums[at : at + num_stored])
-                    disk.note_stored(blocks.part(0, num_stored), *parts)
-                at += num_new
-                self._host.release(lease)
-                await asyncio.sleep(0)  # the next chain is another step
+        at = 0
+        while batch:
+            stop = at + len(batch[0].reservation.slots)
+            self._commit(batch.popleft(), sums[at:stop])
+            at = stop
+            await asyncio.sleep(0)  # the next chain is another step
+
+    def _commit(self, writing: _Writing, sums: Sequence[int]) -> None:
+        """What was written has ``sums``; without them it is given up."""
+        disk = self._disk
+        blocks, reservation, lease = writing
+        # what was written to a disk that is lost meanwhile is lost as well
+        disk.index.commit(reservation, len(sums) if disk.is_on else 0)
+        if num_stored := reservation.num_stored:
+            parts = (reservation.slots[:num_stored], sums[:num_stored])
+            disk.note_stored(blocks.part(0, num_stored), *parts)
+        self._host.release(lease)
 
     def _leave(self, waiting: _Waiting) -> None:
         self.nbytes -= waiting.nbytes

@@ -24,12 +24,15 @@ _DUMP_S = 20.0  # a router waits for 30
 
 
 class Answer(NamedTuple):
-    """``parts``: its msgpack. ``is_filling``: real events that a router had missed."""
+    """``parts``: its msgpack. ``is_filling``: real events that a router had missed.
+
+    ``counted``: as what; an answer that tells no events is neither of the gaps nor the dumps.
+    """
 
     parts: Parts
     num_blocks: int = 0
     is_filling: bool = False
-    is_dump: bool = False
+    counted: str = ""
 
 
 class Answers:
@@ -66,7 +69,7 @@ class Answers:
         encoded = await self._encoded(entries)
         parts = reqplane.events_answer(encoded.slabs, encoded.num_events, last_id)
         is_filling = any(changes(entry.event) for entry in entries)
-        return Answer(parts, encoded.num_blocks, is_filling)
+        return Answer(parts, encoded.num_blocks, is_filling, "gaps")
 
     async def _dump_in_time(self) -> Answer:
         try:
@@ -99,7 +102,7 @@ class Answers:
         pieces = (piece for event in resident for piece in split(event, _MAX_EVENT_BLOCKS))
         encoded = await self._encoded(enumerate(pieces, 1))
         parts = reqplane.dump_answer(encoded.slabs, encoded.num_events, last_id)
-        return Answer(parts, encoded.num_blocks, is_dump=True)
+        return Answer(parts, encoded.num_blocks, counted="dumps")
 
     async def _encoded(self, numbered: Iterable[tuple[int, Event]]) -> _Encoded:
         slabs: list[bytes | bytearray] = [bytearray()]

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexkv.events.dynamo import TIERS
 from flexkv.events.sample import SampledChain, Sampler
-from flexkv.events.types import BlockStored
+from flexkv.events.types import BlockStored, plain, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_CHUNK_NBYTES = 256 * 1024
 _HASH = np.dtype(">u8")
+_MAX_HASHES = 4096  # at a time, of a long run
 
 Held: TypeAlias = "dict[str, set[int]]"
 """Router hashes, by Dynamo's name of the tier."""
@@ -75,17 +76,14 @@ def chunks(
     named = {TIERS[tier]: str(digest) for tier, digest in digests.items()}
     number, tier, hashes = 0, "", bytearray()
     sampler = Sampler()
-    for event in resident:
-        told = BlockStored(event.blocks[: event.blocks.num_plain], event.tier)
-        if not len(told.blocks):
-            yield b""
-            continue
-        if hashes and (tier != TIERS[told.tier] or len(hashes) >= MAX_CHUNK_NBYTES):
-            yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
-            number, hashes = number + 1, bytearray()
-        tier = TIERS[told.tier]
-        hashes += np.array(told.blocks.router_hashes(), _HASH).tobytes()
-        sampler.follow(told)
+    for told in (piece for event in resident for piece in split(plain(event), _MAX_HASHES)):
+        if isinstance(told, BlockStored):
+            if hashes and (tier != TIERS[told.tier] or len(hashes) >= MAX_CHUNK_NBYTES):
+                yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003
+                number, hashes = number + 1, bytearray()
+            tier = TIERS[told.tier]
+            hashes += np.array(told.blocks.router_hashes(), _HASH).tobytes()
+            sampler.follow(told)
         yield b""
     if hashes:
         yield _encode(Chunk(number, False, last_id, {}, tier, bytes(hashes)))  # noqa: FBT003

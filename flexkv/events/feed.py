@@ -73,7 +73,8 @@ class RecoverableFeed(Publisher):
         self._wake.set()
 
     def on_loss(self) -> None:
-        """The link is gone: nothing is sent until it is back."""
+        """The link is gone: nothing is sent until it is back, and nothing waits for it."""
+        self._num_waiting = 0
 
     @contextlib.asynccontextmanager
     async def answering(self, query: Query) -> AsyncIterator[Parts]:
@@ -84,7 +85,8 @@ class RecoverableFeed(Publisher):
         try:
             answer = await self._answers.to(query)
             num_blocks = answer.num_blocks
-            self._counts["dumps" if answer.is_dump else "gaps"] += 1
+            if answer.counted:
+                self._counts[answer.counted] += 1
             yield answer.parts
             if answer.is_filling:
                 pulse.filled(loop.time())

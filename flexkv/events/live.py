@@ -55,7 +55,10 @@ class LiveFeed(Publisher):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was sent and left out so far; from any thread. ``waiting``: blocks."""
+        """What was sent and left out so far; from any thread. ``waiting``: blocks.
+
+        ``left_out``: blocks that waited when the link was lost, or were too many to wait.
+        """
         return {**self._counts, "waiting": self._outbox.num_blocks}
 
     def wake(self) -> None:
@@ -82,7 +85,7 @@ class LiveFeed(Publisher):
 
     def on_loss(self) -> None:
         """Take no news, up to the next resync: nobody would hear them."""
-        self._outbox.close()
+        self._drop_news()
 
     async def _step(self) -> float | None:
         """Send news, or everything where that is due."""
@@ -118,8 +121,12 @@ class LiveFeed(Publisher):
             await asyncio.sleep(0)
         return True
 
-    def _give_up_news(self) -> None:
+    def _drop_news(self) -> None:
+        self._counts["left_out"] += self._outbox.num_blocks
         self._outbox.close()
+
+    def _give_up_news(self) -> None:
+        self._drop_news()
         self._plan("reconnect", self._settings.reconnect_resync_s)
 
     def _plan(self, reason: str, delay_s: float = 0) -> None:

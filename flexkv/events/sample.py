@@ -65,16 +65,19 @@ class Sampler:
 
     def __init__(self) -> None:
         self._path: _Node | None = None
+        self._tier: Tier | None = None
         self._chosen: dict[tuple[Tier, BlockKey], tuple[int, _Node]] = {}
         self._limits: dict[Tier, int] = {}  # the highest hash of a tier that has all its chains
 
     def follow(self, event: BlockStored) -> None:
-        """The next run of a walk that goes depth first. What follows on no known one is left out.
+        """The next run of a walk that goes tier by tier, depth first.
 
-        A step of a few microseconds.
+        What follows on no known one of its tier is left out. A step of a few microseconds.
         """
         blocks, tier = event.blocks, event.tier
         parent, last = blocks.parent, blocks.key(len(blocks) - 1)
+        if tier != self._tier:
+            self._tier, self._path = tier, None
         above = self._path
         while above is not None and _last(above) != parent:
             above = above.above
@@ -115,9 +118,16 @@ def _whole(tier: Tier, node: _Node, max_nbytes: int) -> SampledChain:
         runs.append(node.blocks)
     first = runs[-1]
     most = max(1, max_nbytes // (4 * first.tokens_per_block + _HASH.itemsize))
-    hashes = np.array([h for run in reversed(runs) for h in run.router_hashes()][:most], _HASH)
-    token_ids = b"".join(run.token_ids for run in reversed(runs))
-    nbytes = 4 * first.tokens_per_block * len(hashes)
+    hashes: list[int] = []
+    token_ids = bytearray()
+    while runs and len(hashes) < most:  # a long chain would hold up the loop for milliseconds
+        run = runs.pop()[: most - len(hashes)]
+        hashes += run.router_hashes()
+        token_ids += run.token_ids
     return SampledChain(
-        TIERS[tier], hashes.tobytes(), token_ids[:nbytes], first.namespace, first.lora
+        TIERS[tier],
+        np.array(hashes, _HASH).tobytes(),
+        bytes(token_ids),
+        first.namespace,
+        first.lora,
     )

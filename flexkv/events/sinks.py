@@ -53,11 +53,13 @@ class CountingSink(Protocol):
 
 
 def counts_of(sinks: Iterable[EventSink]) -> Mapping[str, int]:
-    """The counts of all sinks, added up."""
+    """The counts of all sinks, added up; ``connected`` where all are that can be."""
+    told = [sink.counts() for sink in sinks if isinstance(sink, CountingSink)]
     total: Counter[str] = Counter()
-    for sink in sinks:
-        if isinstance(sink, CountingSink):
-            total.update(sink.counts())
+    for counts in told:
+        total.update(counts)
+    if "connected" in total:
+        total["connected"] = min(counts.get("connected", 1) for counts in told)
     return dict(total)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flexkv.config_checks import shown
 from flexkv.errors import ConfigError
 from flexkv.launch.options import MAX_SYSTEM_PORT, Machine
 from flexkv.launch.settings import endpoints_of
@@ -153,7 +154,7 @@ def _server_obstacles(plan: Plan) -> list[str]:
                     if option == "--nats"
                     else "--with-etcd starts one"
                 )
-                found.append(f"{option} {url} does not answer ({error}): start it, or {own}")
+                found.append(f"{option} {shown(url)} does not answer ({error}): start it, or {own}")
     return found
 
 

@@ -285,6 +285,9 @@ class Supervisor:
                     tasks.create_task(child.end(timing.end_s if is_ready else timing.end_unready_s))
         self._show_logs()
         self._record.document |= {"state": "ended", "started": {}}
+        self._document(self._plan.frontend)["pid"] = None
+        for server in self._plan.servers:
+            self._document(server)[f"{server.name}_pid"] = None
         for worker in self._plan.workers:
             self._document(worker.program).update(pid=None, worker_id=None, state="dead")
         self._record.write()

@@ -18,12 +18,17 @@ _NAMES = ("device", "host_pinned", "disk")
 
 
 class Misjudged(NamedTuple):
-    """A chain of ``num_blocks`` blocks, ``last`` the hash of its last, and its blocks by tier."""
+    """A chain of ``num_blocks`` blocks, ``last`` the hash of its last, and its blocks by tier.
+
+    ``first_wrong``: from where on the two differ, the tier and the hash of its block there. It
+    stays the same while the chain grows or loses its end.
+    """
 
     last: int
     num_blocks: int
     held: Overlap
     believed: Overlap
+    first_wrong: tuple[str, int]
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -67,7 +72,8 @@ async def misjudged(
         believed = of_ranks.get(source, _NOTHING)
         held = overlap_of(hashes, audit.held, believed.gpu)
         if held != believed:
-            found.add(Misjudged(hashes[-1], len(hashes), held, believed))
+            at = first_wrong(hashes, held, believed)
+            found.add(Misjudged(hashes[-1], len(hashes), held, believed, at))
     return found
 
 
@@ -76,6 +82,13 @@ def overlap_of(hashes: Sequence[int], held: Held, num_gpu: int) -> Overlap:
     num_host = _num_leading(hashes[num_gpu:], held["host_pinned"])
     num_ssd = _num_leading(hashes[num_gpu + num_host :], held["disk"])
     return Overlap(num_gpu, num_host, num_ssd)
+
+
+def first_wrong(hashes: Sequence[int], held: Overlap, believed: Overlap) -> tuple[str, int]:
+    """The tier in which the two differ first, and the hash of the block where they do."""
+    i = next(i for i in range(len(_NAMES)) if held[i] != believed[i])
+    at = sum(held[:i]) + min(held[i], believed[i])
+    return _NAMES[i], hashes[min(at, len(hashes) - 1)]
 
 
 def _num_leading(hashes: Sequence[int], held: Collection[int]) -> int:

@@ -176,10 +176,12 @@ class _Difference(NamedTuple):
     misjudged: set[Misjudged]
 
     def common(self, other: _Difference) -> _Difference:
+        """What both say; of a prompt the figures that this one gives."""
+        wrong_before = {one.first_wrong for one in other.misjudged}
         return _Difference(
             self.missing & other.missing,
             self.surplus & other.surplus,
-            self.misjudged & other.misjudged,
+            {one for one in self.misjudged if one.first_wrong in wrong_before},
         )
 
 

@@ -30,6 +30,13 @@ _NO_MISTAKES = {  # of a configuration, but what a disk does
     errno.ENXIO,
     errno.ESTALE,
 }
+_NO_LOCKS = {  # on that file system, ever
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+}
 
 
 class FolderLock:
@@ -59,7 +66,8 @@ class FolderLock:
 
     def _take(self, folder: Path) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(folder):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             whose = f"process {owner}" + (", this one" if owner == str(os.getpid()) else "")
@@ -68,6 +76,8 @@ class FolderLock:
                 "a folder of its own"
             ) from error
         except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
             raise ConfigError(
                 f"ssd_cache_dir {folder} can't be locked ({error.strerror}): give a folder on a "
                 "file system that knows flock, such as a local disk's"

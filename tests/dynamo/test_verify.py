@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,15 +17,19 @@ from flexkv.doctor.gather.deployment import settings_of
 from flexkv.errors import ConfigError, FeedError
 from flexkv.events.audit import Collector, chunks
 from flexkv.events.feed import RecoverableFeed
+from flexkv.events.nats_audit import Auditor
 from flexkv.events.types import BlockStored
 from flexkv.replay.deployment import FakeWorker, Overlap
+from flexkv.replay.scores import first_wrong
 from flexkv.replay.verify import Comparison, sentences, verify
 from tests.dynamo.shelf import TOKENS_PER_BLOCK, Shelf, chain, feeding, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from flexkv.events.audit import Audit
     from flexkv.events.log import EventLog
+    from flexkv.events.nats import NatsSink
     from flexkv.replay.deployment import NatsServer, Router
 
 
@@ -135,6 +140,18 @@ async def test_a_planted_difference_of_each_kind_shows_in_the_scores_of_a_prompt
     }
 
 
+def with_other_tokens(shelf: Shelf, sink: NatsSink, blocks: Blocks) -> None:
+    """The routers that ask from now on are told other tokens than those of ``blocks``."""
+    other_tokens = Blocks(
+        blocks.packed_keys(),
+        bytes(chain(len(blocks)).token_ids),
+        tokens_per_block=TOKENS_PER_BLOCK,
+        key_nbytes=blocks.key_nbytes,
+    )
+    assert isinstance(sink._feed, RecoverableFeed)
+    sink._feed._answers._source = Liar(shelf.log, [BlockStored(other_tokens, Tier.HOST)])
+
+
 async def test_what_only_a_prompt_can_show_is_found(
     nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
 ) -> None:
@@ -142,21 +159,51 @@ async def test_what_only_a_prompt_can_show_is_found(
     config = settings(nats_server.url, tmp_path, worker.worker_id)
     blocks = chain(4)
     shelf.store(blocks)
-    other_tokens = Blocks(
-        blocks.packed_keys(),
-        bytes(chain(4).token_ids),
-        tokens_per_block=TOKENS_PER_BLOCK,
-        key_nbytes=blocks.key_nbytes,
-    )
     async with feeding(shelf, config) as sink:
-        assert isinstance(sink._feed, RecoverableFeed)
-        told = [BlockStored(other_tokens, Tier.HOST)]
-        sink._feed._answers._source = Liar(shelf.log, told)
+        with_other_tokens(shelf, sink, blocks)
         (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
     assert not found.missing
     assert not found.surplus
     assert not found.agrees
     assert str(found.misjudged[0]).endswith("counts 0 blocks in host_pinned where 4 are held")
+
+
+async def test_a_wrong_prompt_that_grows_from_look_to_look_is_found(
+    nats_server: NatsServer,
+    worker: FakeWorker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shelf = Shelf()
+    config = settings(nats_server.url, tmp_path, worker.worker_id)
+    blocks = chain(100)
+    shelf.store(blocks, of=4)
+    looks = itertools.count(5)
+    real = Auditor.ask
+
+    async def ask(self: Auditor, worker_id: int, dp_rank: int) -> Audit:
+        shelf.store(blocks, of=next(looks))
+        return await real(self, worker_id, dp_rank)
+
+    monkeypatch.setattr(Auditor, "ask", ask)
+    async with feeding(shelf, config) as sink:
+        with_other_tokens(shelf, sink, blocks[:4])
+        (found,) = await verify(config, TOKENS_PER_BLOCK, settle_timeout_s=1.0)
+    assert next(looks) > 6, "it looked again"
+    (wrong,) = found.misjudged
+    assert wrong.held == Overlap(0, shelf.num_held(blocks, Tier.HOST), 0), "the latest figures"
+
+
+def test_where_a_prompt_is_wrong_stays_and_what_is_under_way_moves_on() -> None:
+    hashes = list(range(100, 120))
+    lasting = [
+        first_wrong(hashes, Overlap(gpu, 9 - gpu, grown), Overlap(gpu, 4 - gpu, 0))
+        for gpu in (0, 2)
+        for grown in (0, 3)
+    ]
+    assert lasting == [("host_pinned", 104)] * 4
+    under_way = [first_wrong(hashes, Overlap(1, 2, n), Overlap(1, 2, n - 1)) for n in (3, 4)]
+    assert under_way == [("disk", 105), ("disk", 106)]
 
 
 async def test_blocks_of_another_size_than_the_engines_are_an_error(

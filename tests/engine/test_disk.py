@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flexkv import BlockRemoved, BlockStored, Config, ConfigError, Engine, KVLayout, Tier
+from flexkv import BlockRemoved, BlockStored, Config, ConfigError, Engine, FeedError, KVLayout, Tier
 from flexkv.engine import rising
 from flexkv.engine.disk import Disk
 from flexkv.events.digest import digest_of
@@ -409,6 +409,64 @@ async def test_a_disk_that_hangs_with_the_last_journal_does_not_hold_up_the_end(
     assert await b.engine._below.close(30) == 0
     async with bench(tmp_path / "ssd") as b:
         assert b.engine.residency(Tier.SSD) == set(A)
+
+
+class NoSink:
+    """Can't work, or does not begin; the journal, which hangs, has something to write by then."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+        self.engine: Engine
+        self.begun = asyncio.Event()
+
+    async def start(self, *_: object) -> None:
+        self.engine._below.forget()
+        self.begun.set()
+        if self._error is not None:
+            raise self._error
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("error", [FeedError("no sink"), None])
+async def test_a_start_that_fails_beside_a_disk_that_hangs_ends_and_keeps_the_memory(
+    tmp_path: Path, error: FeedError | None
+) -> None:
+    go_on = threading.Event()
+    go_on.set()
+
+    def hanging(fd: int, data: memoryview) -> int:
+        go_on.wait(20)
+        return os.write(fd, data)
+
+    sink = NoSink(error)
+    made = bench(tmp_path / "ssd", close_timeout_s=0.05)
+    async with made as b:
+        config, layout = b.engine._config, b.engine._layout
+    sink.engine = engine = Engine(config, layout, sinks=[sink])
+    engine._below._disk._calls = replace(DiskCalls(), write=hanging)
+    real = engine._below._disk._restore
+
+    def restored(*arguments: Any) -> None:
+        real(*arguments)
+        go_on.clear()  # it hangs from now on
+
+    engine._below._disk._restore = restored
+    try:
+        starting = asyncio.ensure_future(engine.__aenter__())
+        await sink.begun.wait()
+        if error is None:
+            starting.cancel()
+            await asyncio.sleep(0.01)
+            starting.cancel()  # does not let it skip what is left
+        ended, _ = await asyncio.wait([starting], timeout=10)
+        assert ended, "it does not wait for the disk"
+        assert starting.cancelled() if error is None else starting.exception() is error
+        assert not engine._below._writing.done()
+        assert engine._pool.slot(0, 0) is not None, "what threads use is there"
+    finally:
+        go_on.set()
+    assert await engine._below.close(30) == 0
+    engine._pool.close()
 
 
 async def test_a_second_engine_on_the_folder_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -89,7 +90,7 @@ def failing_in(folder: Path, call: Callable[..., Any], number: int) -> Callable[
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("what", ["allocate", "write", "lock"])
+@pytest.mark.parametrize("what", ["allocate", "write", "open", "lock"])
 async def test_a_folder_that_fails_at_the_start_takes_only_itself(
     tmp_path: Path,
     what: str,
@@ -109,6 +110,9 @@ async def test_a_folder_that_fails_at_the_start_takes_only_itself(
         case "write":
             calls = replace(calls, write=failing_in(bad, os.write, errno.EIO))
         case "lock":
+            flock = failing_in(bad, fcntl.flock, errno.ESTALE)
+            monkeypatch.setattr(ssd_files.fcntl, "flock", flock)
+        case "open":
             monkeypatch.setattr(ssd_files.os, "open", failing_in(bad, os.open, errno.EROFS))
     is_hurt = (what, name) != ("write", "b")  # the journal is in the first one
     async with bench(*folders, calls=calls) as b:

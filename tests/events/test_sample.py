@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from flexkv.blocks import Blocks, Tier
 from flexkv.engine.index import TierIndex
 from flexkv.events import sample
-from flexkv.events.audit import Collector, chunks
+from flexkv.events.audit import MAX_CHUNK_NBYTES, Collector, chunks
 from flexkv.events.log import EventLog
 from flexkv.events.sample import NUM_CHAINS, Sampler
 from flexkv.events.types import BlockStored
@@ -19,6 +20,7 @@ from flexkv.hashing import blocks_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from flexkv.blocks import RouterHash
     from flexkv.events.sample import SampledChain
 
 SIZE = 4
@@ -68,6 +70,45 @@ def test_of_a_long_chain_comes_the_head() -> None:
     (chain,) = sampled([blocks], max_nbytes=24 * 10)
     assert chain.router_hashes() == blocks.router_hashes()[:10]
     assert chain.tokens() == list(range(40))
+
+
+def long_chain(num_blocks: int) -> Blocks:
+    keys = np.arange(2 * num_blocks, dtype=">u8").tobytes()
+    tokens = np.arange(SIZE * num_blocks, dtype="<u4").tobytes()
+    return Blocks(keys, tokens, tokens_per_block=SIZE, key_nbytes=16)
+
+
+def test_no_step_takes_up_all_of_a_long_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = long_chain(70_000)
+    real, sizes = Blocks.router_hashes, []
+
+    def watched(self: Blocks) -> list[RouterHash]:
+        sizes.append(len(self))
+        return real(self)
+
+    resident = [BlockStored(blocks[:3], Tier.HOST), BlockStored(blocks[3:], Tier.HOST)]
+    log = EventLog(ring=100_000, max_event_blocks=1000, walk=lambda: iter(resident))
+    log.append(resident)
+    collector = Collector()
+    with monkeypatch.context() as patched:
+        patched.setattr(Blocks, "router_hashes", watched)
+        messages = [m for m in chunks(log, log.digests()) if m]
+    most = MAX_CHUNK_NBYTES // (4 * SIZE + 8)
+    assert max(sizes) <= most < len(blocks)
+    assert max(len(m) for m in messages) <= 1.5 * MAX_CHUNK_NBYTES
+    audit = [collector.take(m) for m in messages][-1]
+    assert audit is not None
+    assert audit.held["host_pinned"] == set(blocks.router_hashes())
+    assert audit.sample[0].router_hashes() == blocks[:most].router_hashes()
+
+
+def test_a_run_whose_parents_are_in_another_tier_is_left_out() -> None:
+    blocks = blocks_of(range(16), SIZE)
+    sampler = Sampler()
+    sampler.follow(BlockStored(blocks[:2], Tier.HOST))
+    sampler.follow(BlockStored(blocks[2:], Tier.SSD))
+    (chain,) = sampler.chains(1000)
+    assert (chain.tier, chain.tokens()) == ("host_pinned", list(range(8)))
 
 
 def test_a_run_whose_parents_did_not_come_is_left_out() -> None:

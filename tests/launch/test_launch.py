@@ -72,6 +72,7 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert launcher.end(signal.SIGINT) == 0
         assert [pid for pid in started if is_alive(pid)] == []
         assert launcher.document()["state"] == "ended"
+        assert set(launcher.pids()) == {None}
         assert {worker["state"] for worker in launcher.document()["workers"]} == {"dead"}
         assert bystander.poll() is None
     finally:
@@ -274,7 +275,16 @@ def test_what_would_break_it_silently_is_refused_all_at_once(
 
 
 def test_a_server_that_is_reused_must_answer(refused: Callable[..., str]) -> None:
-    assert "--nats nats://127.0.0.1:1 does not answer" in refused("--nats", "nats://127.0.0.1:1")
+    said = refused("--nats", "nats://127.0.0.1:1")
+    assert '--nats "nats://127.0.0.1:1" does not answer' in said
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(
+    refused: Callable[..., str],
+) -> None:
+    said = refused("--without-flexkv", "--nats", "nats://me:sesame@127.0.0.1:1")
+    assert '--nats "nats://...@127.0.0.1:1" does not answer' in said
+    assert "sesame" not in said
 
 
 def test_an_interpreter_without_dynamo(
