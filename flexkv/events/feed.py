@@ -107,7 +107,9 @@ class RecoverableFeed(Publisher):
             else:
                 self._source.beat()
             pulse.sent(loop.time())  # even if it is lost: the next one is due then
-            await self._send_news()
+            await self._send_news(self._source.last_id)
+            if what == "kick":
+                pulse.kicked(loop.time())
         return pulse.held_until(loop.time()) or pulse.next_due()
 
     async def _send_rest(self) -> None:
@@ -118,9 +120,9 @@ class RecoverableFeed(Publisher):
             return False
         return self._stopping or not self._pulse.held_until(asyncio.get_running_loop().time())
 
-    async def _send_news(self) -> None:
+    async def _send_news(self, last_id: int | None = None) -> None:
         source = self._source
-        while self._may_send():
+        while self._may_send() and (last_id is None or self._cursor < last_id):
             backlog = source.backlog(self._cursor)
             self._num_waiting = backlog or 0
             if backlog is None or backlog > self._outbox:
