@@ -256,6 +256,13 @@ def test_a_models_size_is_taken_from_the_hubs_cache(
     assert machine_of(options).model == {"num_hidden_layers": 4}, "vLLM takes the folder"
 
 
+def test_a_folder_that_is_no_models(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    assert f"--model {folder} is not there" in refused("--model", folder)
+    folder.mkdir()
+    assert f"--model {folder} has no config.json" in refused("--model", folder)
+
+
 def test_what_would_break_it_silently_is_refused_all_at_once(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
