@@ -36,6 +36,9 @@ Role = Literal["server", "frontend", "worker"]
 
 NATS_PORT = 4222
 ETCD_PORT = 2379
+# Of vLLM's attention on a CPU: multiples of the one; with MLA just the other.
+_CPU_BLOCK = 32
+_CPU_MLA_BLOCK = 16
 # A variable for one process that all would inherit, or one that contradicts the plan.
 _NOT_INHERITED = ("DYN_SYSTEM_PORT", "DYN_NAMESPACE_WORKER_SUFFIX", "DYN_ENDPOINT")
 
@@ -121,6 +124,7 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     problems = [
         *argument_problems(options, machine.env, block_size),
         *_size_problems(options, machine),
+        *_block_problems(options, machine, block_size),
         *shared_endpoints(configs, options.data_parallel_size),
     ]
     memory, notes = _memory(options, machine, configs)
@@ -291,6 +295,18 @@ def _size_problems(options: Options, machine: Machine) -> list[str]:
             "or --gpus-per-worker (0: a CPU build of vLLM)"
         )
     return problems
+
+
+def _block_problems(options: Options, machine: Machine, block_size: int) -> list[str]:
+    """Only a CPU build is choosy, and would say so in mid-start."""
+    text = machine.model.get("text_config") or machine.model
+    may_be_mla = not text or (isinstance(text, dict) and "kv_lora_rank" in text)
+    is_mlas = may_be_mla and block_size == _CPU_MLA_BLOCK
+    if options.gpus_per_worker or not block_size % _CPU_BLOCK or is_mlas:
+        return []
+    remedy = "give another --block-size (tokens_per_block in the template)"
+    allowed = f"vLLM on a CPU takes multiples of {_CPU_BLOCK}"
+    return [f"blocks have {block_size} tokens, and {allowed}: {remedy}"]
 
 
 def _memory(

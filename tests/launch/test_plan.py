@@ -203,6 +203,11 @@ def test_harmless_extra_arguments_reach_every_worker(options: OptionsMaker) -> N
             {},
             ["--block-size is 32", "is 16"],
         ),
+        (
+            {"block_size": 48, "gpus_per_worker": 0},
+            {},
+            ["have 48 tokens", "multiples of 32", "--block-size"],
+        ),
         ({"template": {"events": {"sink": "zmq"}}}, {}, ["events.sink", "zmq", "leave it out"]),
         (
             {"template": {"events": {"nats_servers": "nats://other:4222"}}},
@@ -235,6 +240,13 @@ def test_what_can_not_be_had(
     with pytest.raises(ConfigError) as refused:
         plan_of(options(**changed), machine(env=env, num_gpus=4))
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_small_blocks_on_a_cpu_are_mlas(options: OptionsMaker) -> None:
+    small = options(block_size=16, gpus_per_worker=0)
+    assert plan_of(small, machine(model={"kv_lora_rank": 512})).block_size == 16
+    with pytest.raises(ConfigError, match="have 16 tokens"):
+        plan_of(small, machine(model=LLAMA))
 
 
 def test_all_that_is_wrong_is_said_at_once(options: OptionsMaker) -> None:
