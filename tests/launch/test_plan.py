@@ -88,6 +88,11 @@ def test_every_process_has_the_same_planes_and_listens_here_only(options: Option
     assert hosts == {"127.0.0.1"}
 
 
+def test_the_log_has_no_line_for_each_question_of_ours(options: OptionsMaker) -> None:
+    assert plan_of(options(), machine()).env["DYN_LOG"].endswith("service_v2=warn")
+    assert plan_of(options(), machine(env={"DYN_LOG": "debug"})).env["DYN_LOG"] == "debug"
+
+
 def test_listen_all_opens_them(options: OptionsMaker) -> None:
     plan = plan_of(options(listen_all=True), machine())
     assert {host for program in plan.programs for host, _, _ in program.ports} == {"0.0.0.0"}
