@@ -71,6 +71,7 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert all(os.getpgid(pid) == pid == os.getsid(pid) for pid in launcher.pids())
         assert launcher.end(signal.SIGINT) == 0
         assert [pid for pid in started if is_alive(pid)] == []
+        assert "all has ended" in launcher.errors.read_text()
         assert launcher.document()["state"] == "ended"
         assert {worker["state"] for worker in launcher.document()["workers"]} == {"dead"}
         assert bystander.poll() is None
