@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexkv.config_checks import listed
+from flexkv.config_values import are_servers, are_urls
 from flexkv.errors import ConfigError
 from flexkv.launch.arguments import argument_problems, values_of
 from flexkv.launch.footprint import host_nbytes, kv_nbytes_per_token
@@ -108,6 +109,12 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     """
     if options.etcd_url and options.with_etcd:
         raise ConfigError("--etcd reuses an etcd and --with-etcd starts one: give one of them")
+    for option, urls, are_right, form in (
+        ("--nats", options.nats_url, are_servers, "nats://HOST:PORT or tls://HOST:PORT"),
+        ("--etcd", options.etcd_url, are_urls, "http://HOST:PORT"),
+    ):
+        if urls is not None and not are_right(tuple(urls.split(","))):
+            raise ConfigError(f"{option} is {urls}: it must be {form}, without credentials")
     if too_long := endpoint_length_problem(options):  # what is made of it would be refused as well
         raise ConfigError(too_long)
     servers, nats_url, etcd_url = _servers(options, machine)

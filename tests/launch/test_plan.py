@@ -235,6 +235,8 @@ def test_harmless_extra_arguments_reach_every_worker(options: OptionsMaker) -> N
             ["events.recovery_port", "5000", "leave it out"],
         ),
         ({"template": {"num_cpu_block": 3}}, {}, ["num_cpu_block", "did you mean"]),
+        ({"nats_url": "a:4222"}, {}, ["--nats is a:4222", "nats://HOST:PORT"]),
+        ({"etcd_url": "a:2379"}, {}, ["--etcd is a:2379", "http://HOST:PORT"]),
         ({"etcd_url": "http://a:1", "with_etcd": True}, {}, ["give one of them"]),
         ({"folder": Path("/" + "x" * 100)}, {}, ["shorter one"]),
     ],
