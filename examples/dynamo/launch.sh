@@ -28,7 +28,9 @@ rm -rf "$FOLDER/discovery" "$FOLDER/etcd"   # records of processes that are gone
 export DYN_EVENT_PLANE=nats DYN_REQUEST_PLANE=tcp NATS_SERVER=nats://127.0.0.1:$NATS_PORT
 export DYN_TCP_RPC_HOST=127.0.0.1 DYN_TCP_RESPONSE_STREAM_HOST=127.0.0.1
 export DYN_EVENT_PLANE_HOST=127.0.0.1 DYN_SYSTEM_HOST=127.0.0.1 VLLM_HOST_IP=127.0.0.1
-export DYN_SDK_DISABLE_ANSI_LOGGING=1
+export DYN_SDK_DISABLE_ANSI_LOGGING=1 DYN_LOG=${DYN_LOG:-info,dynamo_llm::http::service::service_v2=warn}
+# How long a worker serves on after it has left discovery; Dynamo's default is 5 s.
+export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
 if [[ ${ETCD:-0} == 1 ]]; then
   export DYN_DISCOVERY_BACKEND=etcd ETCD_ENDPOINTS=http://127.0.0.1:$ETCD_PORT
 else

@@ -29,6 +29,8 @@ _MAX_TRIES = 200
 _CONNECT_S = 3.0
 _IMPORTS_S = 60.0
 _GPUS = Path("/proc/driver/nvidia/gpus")
+_PATH_STARTS = ("/", "./", "../", "~")
+_MODEL_FILES = ("config.json", "params.json")  # the second one is Mistral's own
 _NEEDED = ("dynamo.frontend", "dynamo.vllm", "vllm")
 
 
@@ -89,11 +91,22 @@ def is_free(host: str, port: int) -> bool:
 def obstacles(plan: Plan) -> list[str]:
     """What of this machine keeps the plan from running, with remedies."""
     return [
+        *_model_obstacles(plan.options.model),
         *_port_obstacles(plan),
         *_endpoint_obstacles(plan),
         *_server_obstacles(plan),
         *_interpreter_obstacles(plan.options.python, without=plan.options.without_flexkv),
     ]
+
+
+def _model_obstacles(model: str) -> list[str]:
+    """A folder must be a model's: vLLM takes one that is not there for a name on the hub."""
+    folder = Path(model)
+    if not folder.exists() and model.startswith(_PATH_STARTS):
+        return [f"--model {model} is not there: give a folder, or a name on the model hub"]
+    if folder.is_dir() and not any((folder / name).is_file() for name in _MODEL_FILES):
+        return [f"--model {model} has no {_MODEL_FILES[0]}: give the folder of a model"]
+    return []
 
 
 def _port_obstacles(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexkv.config_checks import listed
+from flexkv.config_values import are_servers, are_urls
 from flexkv.errors import ConfigError
 from flexkv.launch.arguments import argument_problems, values_of
 from flexkv.launch.footprint import host_nbytes, kv_nbytes_per_token
@@ -36,6 +37,9 @@ Role = Literal["server", "frontend", "worker"]
 
 NATS_PORT = 4222
 ETCD_PORT = 2379
+# Of vLLM's attention on a CPU: multiples of the one; with MLA just the other.
+_CPU_BLOCK = 32
+_CPU_MLA_BLOCK = 16
 # A variable for one process that all would inherit, or one that contradicts the plan.
 _NOT_INHERITED = ("DYN_SYSTEM_PORT", "DYN_NAMESPACE_WORKER_SUFFIX", "DYN_ENDPOINT")
 
@@ -105,6 +109,12 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     """
     if options.etcd_url and options.with_etcd:
         raise ConfigError("--etcd reuses an etcd and --with-etcd starts one: give one of them")
+    for option, urls, are_right, form in (
+        ("--nats", options.nats_url, are_servers, "nats://HOST:PORT or tls://HOST:PORT"),
+        ("--etcd", options.etcd_url, are_urls, "http://HOST:PORT"),
+    ):
+        if urls is not None and not are_right(tuple(urls.split(","))):
+            raise ConfigError(f"{option} is {urls}: it must be {form}, without credentials")
     if too_long := endpoint_length_problem(options):  # what is made of it would be refused as well
         raise ConfigError(too_long)
     servers, nats_url, etcd_url = _servers(options, machine)
@@ -121,6 +131,7 @@ def plan_of(options: Options, machine: Machine) -> Plan:
     problems = [
         *argument_problems(options, machine.env, block_size),
         *_size_problems(options, machine),
+        *_block_problems(options, machine, block_size),
         *shared_endpoints(configs, options.data_parallel_size),
     ]
     memory, notes = _memory(options, machine, configs)
@@ -291,6 +302,18 @@ def _size_problems(options: Options, machine: Machine) -> list[str]:
             "or --gpus-per-worker (0: a CPU build of vLLM)"
         )
     return problems
+
+
+def _block_problems(options: Options, machine: Machine, block_size: int) -> list[str]:
+    """Only a CPU build is choosy, and would say so in mid-start."""
+    text = machine.model.get("text_config") or machine.model
+    may_be_mla = not text or (isinstance(text, dict) and "kv_lora_rank" in text)
+    is_mlas = may_be_mla and block_size == _CPU_MLA_BLOCK
+    if options.gpus_per_worker or not block_size % _CPU_BLOCK or is_mlas:
+        return []
+    remedy = "give another --block-size (tokens_per_block in the template)"
+    allowed = f"vLLM on a CPU takes multiples of {_CPU_BLOCK}"
+    return [f"blocks have {block_size} tokens, and {allowed}: {remedy}"]
 
 
 def _memory(

@@ -30,6 +30,7 @@ _LOOPBACK = (
     "VLLM_HOST_IP",
 )
 _GRACE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"  # served on after leaving discovery; Dynamo: 5
+_LOG = "info,dynamo_llm::http::service::service_v2=warn"  # no line for each answer that is right
 _PARALLEL = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
 
 
@@ -41,7 +42,7 @@ def variables_of(
         "NATS_SERVER": nats_url,
         "DYN_EVENT_PLANE": "nats",
         "DYN_REQUEST_PLANE": "tcp",
-        "DYN_LOG": env.get("DYN_LOG") or "info",
+        "DYN_LOG": env.get("DYN_LOG") or _LOG,
         "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
         _GRACE: env.get(_GRACE) or "1",
     }

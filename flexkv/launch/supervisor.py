@@ -291,6 +291,7 @@ class Supervisor:
         for worker in self._plan.workers:
             self._document(worker.program).update(pid=None, worker_id=None, state="dead")
         self._record.write()
+        self._say("all has ended")
 
 
 def _answers(program: Program) -> bool:

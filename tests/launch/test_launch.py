@@ -71,6 +71,7 @@ def test_ready_is_one_line_and_ctrl_c_ends_all_of_it_and_nothing_else(
         assert all(os.getpgid(pid) == pid == os.getsid(pid) for pid in launcher.pids())
         assert launcher.end(signal.SIGINT) == 0
         assert [pid for pid in started if is_alive(pid)] == []
+        assert "all has ended" in launcher.errors.read_text()
         assert launcher.document()["state"] == "ended"
         assert set(launcher.pids()) == {None}
         assert {worker["state"] for worker in launcher.document()["workers"]} == {"dead"}
@@ -255,6 +256,13 @@ def test_a_models_size_is_taken_from_the_hubs_cache(
     (tmp_path / "some" / "model").mkdir(parents=True)
     (tmp_path / "some" / "model" / "config.json").write_text('{"num_hidden_layers": 4}')
     assert machine_of(options).model == {"num_hidden_layers": 4}, "vLLM takes the folder"
+
+
+def test_a_folder_that_is_no_models(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    assert f"--model {folder} is not there" in refused("--model", folder)
+    folder.mkdir()
+    assert f"--model {folder} has no config.json" in refused("--model", folder)
 
 
 def test_what_would_break_it_silently_is_refused_all_at_once(

@@ -88,6 +88,11 @@ def test_every_process_has_the_same_planes_and_listens_here_only(options: Option
     assert hosts == {"127.0.0.1"}
 
 
+def test_the_log_has_no_line_for_each_question_of_ours(options: OptionsMaker) -> None:
+    assert plan_of(options(), machine()).env["DYN_LOG"].endswith("service_v2=warn")
+    assert plan_of(options(), machine(env={"DYN_LOG": "debug"})).env["DYN_LOG"] == "debug"
+
+
 def test_listen_all_opens_them(options: OptionsMaker) -> None:
     plan = plan_of(options(listen_all=True), machine())
     assert {host for program in plan.programs for host, _, _ in program.ports} == {"0.0.0.0"}
@@ -203,6 +208,11 @@ def test_harmless_extra_arguments_reach_every_worker(options: OptionsMaker) -> N
             {},
             ["--block-size is 32", "is 16"],
         ),
+        (
+            {"block_size": 48, "gpus_per_worker": 0},
+            {},
+            ["have 48 tokens", "multiples of 32", "--block-size"],
+        ),
         ({"template": {"events": {"sink": "zmq"}}}, {}, ["events.sink", "zmq", "leave it out"]),
         (
             {"template": {"events": {"nats_servers": "nats://other:4222"}}},
@@ -225,6 +235,8 @@ def test_harmless_extra_arguments_reach_every_worker(options: OptionsMaker) -> N
             ["events.recovery_port", "5000", "leave it out"],
         ),
         ({"template": {"num_cpu_block": 3}}, {}, ["num_cpu_block", "did you mean"]),
+        ({"nats_url": "a:4222"}, {}, ["--nats is a:4222", "nats://HOST:PORT"]),
+        ({"etcd_url": "a:2379"}, {}, ["--etcd is a:2379", "http://HOST:PORT"]),
         ({"etcd_url": "http://a:1", "with_etcd": True}, {}, ["give one of them"]),
         ({"folder": Path("/" + "x" * 100)}, {}, ["shorter one"]),
     ],
@@ -235,6 +247,13 @@ def test_what_can_not_be_had(
     with pytest.raises(ConfigError) as refused:
         plan_of(options(**changed), machine(env=env, num_gpus=4))
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_small_blocks_on_a_cpu_are_mlas(options: OptionsMaker) -> None:
+    small = options(block_size=16, gpus_per_worker=0)
+    assert plan_of(small, machine(model={"kv_lora_rank": 512})).block_size == 16
+    with pytest.raises(ConfigError, match="have 16 tokens"):
+        plan_of(small, machine(model=LLAMA))
 
 
 def test_all_that_is_wrong_is_said_at_once(options: OptionsMaker) -> None:
