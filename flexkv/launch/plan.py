@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from flexkv.config_checks import listed
+from flexkv.config_checks import listed, shown
 from flexkv.config_values import are_servers, are_urls
 from flexkv.errors import ConfigError
 from flexkv.launch.arguments import argument_problems, values_of
@@ -114,7 +114,7 @@ def plan_of(options: Options, machine: Machine) -> Plan:
         ("--etcd", options.etcd_url, are_urls, "http://HOST:PORT"),
     ):
         if urls is not None and not are_right(tuple(urls.split(","))):
-            raise ConfigError(f"{option} is {urls}: it must be {form}, without credentials")
+            raise ConfigError(f"{option} is {shown(urls)}: it must be {form}, without credentials")
     if too_long := endpoint_length_problem(options):  # what is made of it would be refused as well
         raise ConfigError(too_long)
     servers, nats_url, etcd_url = _servers(options, machine)
