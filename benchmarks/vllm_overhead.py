@@ -15,19 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks._model import MODEL
 from benchmarks._report import Report
 from tests.e2e.cases import CONNECTORS, ENGINE
 from tests.e2e.driving import IN_PROCESS, Child
 from tests.e2e.models import make_model
 
-MODEL = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
 SIDES = {"none": "none", "flexkv": "own", "offloading": "offloading"}
 NUM_BLOCKS = 512
 NUM_TOKENS = 1024

@@ -18,18 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks._conversations import Outcome, Workload, ask_all
+from benchmarks._model import MODEL
 from benchmarks._report import Report
 from tests.e2e.driving import environment, free_port
 from tests.e2e.models import make_model
 
-MODEL = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
 SIDES = {
     "KV routing and flexkv": [],
     "KV routing and flexkv, --gpu-events": ["--gpu-events"],

@@ -35,12 +35,21 @@ async def worker(nats_server: NatsServer, tmp_path: Path) -> AsyncIterator[FakeW
         yield worker
 
 
+@contextlib.asynccontextmanager
+async def another_router(
+    nats_server: NatsServer, worker: FakeWorker, folder: Path
+) -> AsyncIterator[Router]:
+    """It has seen the worker."""
+    async with Router(nats_server.url, folder, tokens_per_block=TOKENS_PER_BLOCK) as router:
+        await router.wait_for_workers([worker.worker_id])
+        yield router
+
+
 @pytest_asyncio.fixture
 async def router(
     nats_server: NatsServer, worker: FakeWorker, tmp_path: Path
 ) -> AsyncIterator[Router]:
-    async with Router(nats_server.url, tmp_path, tokens_per_block=TOKENS_PER_BLOCK) as router:
-        await router.wait_for_workers([worker.worker_id])
+    async with another_router(nats_server, worker, tmp_path) as router:
         yield router
 
 

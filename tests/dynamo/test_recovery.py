@@ -17,6 +17,7 @@ from flexkv.events import pulse
 from flexkv.events.nats import NatsSink
 from flexkv.events.recovery import RecoveryServer
 from flexkv.replay.deployment import FakeWorker, NatsServer, Router
+from tests.dynamo.servers import another_router
 from tests.dynamo.shelf import (
     DEADLINE_S,
     TOKENS_PER_BLOCK,
@@ -30,19 +31,9 @@ from tests.dynamo.shelf import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from flexkv.blocks import Blocks
-
-
-@contextlib.asynccontextmanager
-async def another_router(
-    nats_server: NatsServer, worker: FakeWorker, folder: Path
-) -> AsyncIterator[Router]:
-    async with Router(nats_server.url, folder, tokens_per_block=TOKENS_PER_BLOCK) as router:
-        await router.wait_for_workers([worker.worker_id])
-        yield router
 
 
 def filled(num_chains: int = 20) -> tuple[Shelf, list[Blocks]]:

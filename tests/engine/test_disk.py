@@ -25,7 +25,7 @@ from flexkv.tiers.ssd_journal import DiskCalls
 from tests.engine.chains import chain
 from tests.engine.fakes import slow_engine
 from tests.engine.followers import believed
-from tests.tiers.disks import FaultyDisk
+from tests.tiers.disks import FaultyDisk, writes_held_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -372,12 +372,7 @@ async def test_a_disk_that_hangs_does_not_hold_up_loads_nor_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     go_on = threading.Event()
-
-    def hanging(fd: int, buffers: list[memoryview], offset: int) -> int:
-        go_on.wait(60)
-        return os.pwritev(fd, buffers, offset)
-
-    calls = replace(DiskCalls(), pwritev=hanging)
+    calls = writes_held_until(go_on)
     async with bench(tmp_path / "ssd", calls=calls, close_timeout_s=0.05) as b:
         b.copier.compute(A, range(4))
         await b.engine.store(A, range(4))

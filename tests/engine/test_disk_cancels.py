@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flexkv import Tier
-from flexkv.tiers.ssd_journal import DiskCalls
 from tests.engine.chains import chain
 from tests.engine.test_disk import A, C, bench
+from tests.tiers.disks import writes_held_until
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -33,12 +31,7 @@ async def test_a_writer_that_is_cancelled_between_two_chains_holds_nothing(
     tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-
-    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
-        go_on.wait(30)
-        return os.pwritev(fd, buffers, offset)
-
-    calls = replace(DiskCalls(), pwritev=slow)
+    calls = writes_held_until(go_on)
     settings: dict[str, Any] = {"num_host_slots": 64, "close_timeout_s": 0.05}
     async with bench(tmp_path / "ssd", calls=calls, **settings) as b:
         below = b.engine._below

@@ -16,6 +16,7 @@ from flexkv.engine import disk_records
 from flexkv.tiers.ssd_journal import DiskCalls
 from tests.engine.chains import TOKENS_PER_BLOCK, chain
 from tests.engine.test_disk import A, C, bench
+from tests.tiers.disks import writes_held_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -129,12 +130,7 @@ async def test_chains_that_wait_for_the_disk_get_their_slots_in_turns_of_their_o
     tmp_path: Path, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-
-    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
-        go_on.wait(30)
-        return os.pwritev(fd, buffers, offset)
-
-    calls = replace(DiskCalls(), pwritev=slow)
+    calls = writes_held_until(go_on)
     async with bench(tmp_path / "ssd", num_slots=64, num_host_slots=128, calls=calls) as b:
         index = b.engine._below._disk.index
         for method in ("plan_store", "commit"):

@@ -16,6 +16,7 @@ from flexkv.tiers.ssd import SsdSettings, SsdStore
 from flexkv.tiers.ssd_journal import DiskCalls
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
     from random import Random
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from flexkv.tiers.ssd_frames import Kept
 
 SLOT_NBYTES = 5000  # not a multiple of a page: there is padding
+
+
+def writes_held_until(go_on: threading.Event) -> DiskCalls:
+    """A disk that hangs: at most for a minute, so that a test that fails ends."""
+
+    def held(fd: int, buffers: list[memoryview], offset: int) -> int:
+        go_on.wait(60)
+        return os.pwritev(fd, buffers, offset)
+
+    return replace(DiskCalls(), pwritev=held)
 
 
 @asynccontextmanager
