@@ -94,11 +94,20 @@ class AllTiers:
         return found
 
     def until_true(
-        self, observer: Observer, deadline_s: float, meanwhile: Callable[[], object] | None = None
+        self,
+        observer: Observer,
+        deadline_s: float,
+        meanwhile: Callable[[], object] | None = None,
+        *,
+        texts: Iterable[str] = (),
     ) -> float:
-        """Seconds until the whole index was true; ``meanwhile`` is called again and again."""
+        """Seconds until the whole index was true, and the scores of these prompts.
+
+        ``meanwhile`` is called again and again.
+        """
         since_s = time.monotonic()
-        while differing := self.differences(observer):
+        prompts = list(texts)
+        while differing := self.differences(observer) or self.wrong_overlaps(observer, prompts):
             if time.monotonic() > since_s + deadline_s:
                 raise AssertionError(f"the router is wrong after {deadline_s} s: {differing}")
             if meanwhile is not None:
@@ -119,14 +128,12 @@ class AllTiers:
                     wrong.append(f"{text[:40]}: {overlaps[worker_id]}, not {expected}")
         return wrong
 
-    def step(self, index: int) -> None:
-        """Let a worker run a step: the built-in connector tells what is left with the next one."""
-        answer = self.stack.chat("hi", max_tokens=2, worker_id=self.stack.worker_id(index))
-        assert answer.is_good, answer
-
     def step_all(self) -> None:
-        for index in range(self.stack.plan.num_workers):
-            self.step(index)
+        """Let every rank run a step: the built-in connector tells what is left with the next."""
+        for worker, rank in self.wheres():
+            worker_id = self.stack.worker_id(worker)
+            answer = self.stack.chat("hi", max_tokens=2, worker_id=worker_id, dp_rank=rank)
+            assert answer.is_good, answer
 
 
 class Trickle:

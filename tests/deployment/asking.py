@@ -58,9 +58,13 @@ def ask(
     max_tokens: int = 8,
     deadline_s: float = ANSWERED_S,
     worker_id: int | None = None,
+    dp_rank: int = 0,
 ) -> Answer:
-    """Greedy, and exactly ``max_tokens`` long. ``worker_id``: the one that has to answer."""
-    routing = {} if worker_id is None else {"backend_instance_id": worker_id}
+    """Greedy, and exactly ``max_tokens`` long.
+
+    ``worker_id`` and its ``dp_rank``: the one that has to answer.
+    """
+    routing = {} if worker_id is None else {"backend_instance_id": worker_id, "dp_rank": dp_rank}
     request = {
         "model": model,
         "messages": [{"role": "user", "content": text}],

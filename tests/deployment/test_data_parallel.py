@@ -29,6 +29,7 @@ def test_both_ranks_are_in_the_index(loop: Loop, tmp_path: Path, *, gpu_events: 
             observer.wait_for_workers(stack.worker_ids())
             for _ in range(50):
                 deployment.ask(deployment.fresh())
+            tiers.step_all()
             seconds = tiers.until_true(observer, SETTLES_S, tiers.step_all)
             for _, rank in tiers.wheres():
                 believed = observer.believed(stack.worker_id(0), rank)

@@ -61,9 +61,8 @@ def fill(tiers: AllTiers) -> None:
 
 def agree(tiers: AllTiers, observer: Observer, since: str) -> None:
     """At quiescence, on every block and every prompt that was asked."""
-    seconds = tiers.until_true(observer, SETTLES_S, tiers.step_all)
     texts = list(tiers.deployment.ids)
-    assert tiers.wrong_overlaps(observer, texts) == []
+    seconds = tiers.until_true(observer, SETTLES_S, tiers.step_all, texts=texts)
     counts = [{tier: len(held) for tier, held in tiers.held(w).items()} for w in tiers.wheres()]
     report(f"after {since}: {len(texts)} prompts agree in {seconds:.2f} s, blocks {counts}")
 
@@ -100,6 +99,9 @@ def test_a_cleared_gpu_leaves_what_the_other_tiers_hold(
     before = tiers.held(tiers.wheres()[0])
     clear_gpus(tiers.deployment)
     tiers.step_all()  # with which vLLM tells it
+    wheres = tiers.wheres()
+    none_left = "the streams say that the GPUs hold nothing"
+    tiers.stack.until(lambda: not any(tiers.held(w)[GPU] for w in wheres), SETTLES_S, none_left)
     agree(tiers, observer, "clear_kv_blocks")
     after = tiers.held(tiers.wheres()[0])
     assert before[GPU]
